@@ -1,0 +1,76 @@
+# Two commands for a newcomer:   make demo   ·   make test
+# Every target sets itself up: it makes $(VENV) and installs into it what settings.ini asks for, in the versions
+# of constraints.txt, and again only when one of those files changed. No step needs root, a GPU or the network
+# once the installation is done.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(abspath $(VENV))/bin
+READY = $(VENV)/.ready
+QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::DeprecationWarning
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.PHONY: help install demo test check format nb nbs lab bench slow hooks readme constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v=sys.version_info[:2]; v >= (3, 11) or sys.exit("Python 3.11 or later is needed; %s is %d.%d. Name another: make PYTHON=python3.12 ..." % ((sys.executable,) + v))'
+	@[ -x "$(VENV)/bin/python" ] || $(PYTHON) -m venv "$(VENV)"
+	@echo "installing into $(VENV) (a few minutes, once)"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch "$@"
+
+install: $(READY) ## set up the environment, and nothing else
+
+demo: $(READY) ## explain why the tiny model called twenty reviews good or bad
+	@rm -rf demo/reviews
+	@$(QUIET) "$(BIN)/llm-analysis" explain run tiny/reviews --max-samples 20 --output-dir demo/reviews
+
+test: $(READY) ## run every notebook and every test
+	@$(QUIET) "$(BIN)/nbdev_test" --timing
+	@$(QUIET) "$(BIN)/python" -m pytest
+
+check: $(READY) ## what CI runs: formatted, cleaned, exported, git unchanged, tests passed
+	@PATH="$(BIN):$$PATH" sh tools/unchanged.sh
+	@$(MAKE) --no-print-directory test
+
+format: $(READY) ## format notebooks and scripts, strip what git should not see, export the package
+	@"$(BIN)/ruff" check --quiet --fix . && "$(BIN)/ruff" format --quiet .
+	@"$(BIN)/nbdev_clean" && "$(BIN)/nbdev_export"
+
+nb: $(READY) ## execute and save one notebook: make nb NB=nbs/00_core.ipynb (SLOW=1 runs slow cells too)
+	@$(QUIET) "$(BIN)/nbdev_export"
+	@$(QUIET) "$(BIN)/python" tools/nb.py "$(NB)"
+	@"$(BIN)/nbdev_clean" --fname "$(NB)"
+
+nbs: $(READY) ## execute and save all notebooks
+	@set -e; for f in $$(find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort); do \
+	  $(MAKE) --no-print-directory nb NB=$$f; done
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab]'
+	@"$(BIN)/jupyter" lab --ip=127.0.0.1 --notebook-dir=nbs
+
+bench: $(READY) ## measure every claim of speed and accuracy (minutes); results are kept in bench/RESULTS.md
+	@set -e; for f in bench/*.py; do echo "== $$f"; $(QUIET) "$(BIN)/python" $$f; done
+
+slow: $(READY) ## the cells and tests that are too slow for every day (re-training included: up to an hour)
+	@$(QUIET) "$(BIN)/nbdev_test" --flags slow --timing
+	@$(QUIET) "$(BIN)/python" -m pytest -m slow
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	@"$(BIN)/python" tools/readme.py
+
+hooks: $(READY) ## let git merge notebooks cell by cell
+	@PATH="$(BIN):$$PATH" git config --local include.path ../.gitconfig && echo "notebooks are merged by nbdev-merge"
+
+constraints: ## resolve the requirements anew in a fresh environment and write constraints.txt
+	@$(PYTHON) -m venv build/resolve && build/resolve/bin/python -m pip install --quiet -e '.[dev]'
+	@{ echo "# The set that is tested. Made by: make constraints"; \
+	  build/resolve/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
+
+clean: ## remove what the other targets made, environment included
+	@rm -rf "$(VENV)" demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

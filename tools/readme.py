@@ -1,0 +1,63 @@
+"""Write README.md, and its pictures, from nbs/index.ipynb: `make readme`."""
+
+import re
+from base64 import b64decode
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)(.*)$", re.M)
+NOTE = "<!-- Made from nbs/index.ipynb by `make readme`. Edit the notebook. -->\n"
+
+
+def cells(nb):
+    "The cells a reader sees, without directives; `hide` drops a cell, `echo: false` its code"
+    for cell in nb.cells:
+        if cell.cell_type == "raw":
+            continue
+        marks = dict(DIRECTIVE.findall(cell.source)) if cell.cell_type == "code" else {}
+        if "hide" in marks or "default_exp" in marks:
+            continue
+        if cell.cell_type == "code":
+            cell.source = DIRECTIVE.sub("", cell.source).strip()
+            if "false" in marks.get("echo", ""):
+                cell.source = ""
+            for k, out in enumerate(cell.outputs):
+                if "image/png" in out.get("data", {}):
+                    out.data = {"text/markdown": f"![figure](nbs/images/readme-{cell.id}-{k}.png)"}
+                elif "text/html" in out.get("data", {}):
+                    del out.data["text/html"]
+        yield cell
+
+
+def pictures() -> dict[str, bytes]:
+    "File names and contents of the pictures in index.ipynb"
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    return {
+        f"readme-{c.id}-{k}.png": b64decode(o.data["image/png"])
+        for c in nb.cells
+        if c.cell_type == "code"
+        for k, o in enumerate(c.outputs)
+        if "image/png" in o.get("data", {})
+    }
+
+
+def render() -> str:
+    "README.md as text"
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    nb.cells = list(cells(nb))
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"```python\s*\n```\n", "", text)
+    return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    folder = ROOT / "nbs" / "images"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("readme-*.png"):
+        old.unlink()
+    for name, raw in pictures().items():
+        (folder / name).write_bytes(raw)
+    (ROOT / "README.md").write_text(render())
