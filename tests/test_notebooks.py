@@ -105,4 +105,7 @@ def test_readme_is_the_index():
 
 def test_the_checks_can_fail():
     assert ends_in_value("x = 1\nx") and not ends_in_value("x;") and not ends_in_value("test_eq(1, 1)")
-    assert listed([{"section": "a", "contents": ["b.ipynb", {"text": "c", "href": "c.ipynb"}]}]) == {"b.ipynb", "c.ipynb"}
+    assert listed([{"section": "a", "contents": ["b.ipynb", {"text": "c", "href": "c.ipynb"}]}]) == {
+        "b.ipynb",
+        "c.ipynb",
+    }
