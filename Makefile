@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 READY = $(VENV)/.ready
 QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::DeprecationWarning
+PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not burn the core that others need
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .PHONY: help install demo test check format nb nbs lab bench slow hooks readme constraints clean
@@ -30,8 +31,8 @@ demo: $(READY) ## explain why the tiny model called twenty reviews good or bad
 	@$(QUIET) "$(BIN)/llm-analysis" explain run tiny/reviews --max-samples 20 --output-dir demo/reviews
 
 test: $(READY) ## run every notebook and every test
-	@$(QUIET) "$(BIN)/nbdev_test" --timing
-	@$(QUIET) "$(BIN)/python" -m pytest
+	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --timing
+	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest
 
 check: $(READY) ## what CI runs: formatted, cleaned, exported, git unchanged, tests passed
 	@PATH="$(BIN):$$PATH" sh tools/unchanged.sh
@@ -58,8 +59,8 @@ bench: $(READY) ## measure every claim of speed and accuracy (minutes); results 
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(QUIET) "$(BIN)/python" $$f; done
 
 slow: $(READY) ## the cells and tests that are too slow for every day (re-training included: up to an hour)
-	@$(QUIET) "$(BIN)/nbdev_test" --flags slow --timing
-	@$(QUIET) "$(BIN)/python" -m pytest -m slow
+	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --flags slow --timing
+	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest -m slow
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tools/readme.py

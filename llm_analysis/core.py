@@ -80,12 +80,12 @@ def stream(
     key = hashlib.sha256(_typed(int(seed)) + _typed(row_id) + _typed(purpose)).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
-# %% ../nbs/00_core.ipynb #86f0ff20
+# %% ../nbs/00_core.ipynb #8cb72f54
 @dataclass(frozen=True)
 class Batches:
     "A division of rows into padded batches, and what it costs"
 
-    index: tuple[Int[np.ndarray, " batch"], ...]  # rows of each batch, longest first
+    index: tuple[Int[np.ndarray, "_"], ...]  # rows of each batch, longest first
     useful: int  # tokens that were asked for
     computed: int  # tokens that are computed, padding included
 

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 STUDIES = {"explain", "logits", "ensemble", "features", "parscale", "leaderboard"}
-FLOOR = {"core": 0, "viz": 0, "jobs": 1, "lm": 1, "tiny": 2, "data": 2, **dict.fromkeys(STUDIES, 3), "cli": 4}
-ABOVE = {"data": {"tiny"}}  # on floor 2, `data` opens what `tiny` makes
+FLOOR = {"core": 0, "viz": 0, "jobs": 1, "lm": 1, "tiny": 2, "files": 2, "data": 2, **dict.fromkeys(STUDIES, 3)}
+FLOOR |= {"grammar": 4, "cli": 4}
+BESIDE = {"data": {"files", "tiny"}, "cli": {"grammar"}}  # neighbours on one floor that may be imported
 EXPORTED = re.compile(r"^\s*#\s*\|\s*exports?\b", re.M)
 
 
@@ -59,7 +60,7 @@ def fault(module: str, target: str) -> str | None:
         return f"{room if room not in FLOOR else other} stands on no floor"
     if room == other:
         return None if NUMBER[target] < NUMBER[module] else f"{target} has no lower number than {module}"
-    if other in ABOVE.get(room, ()) or FLOOR[other] < FLOOR[room]:
+    if other in BESIDE.get(room, ()) or FLOOR[other] < FLOOR[room]:
         return None
     return f"{room} (floor {FLOOR[room]}) imports {other} (floor {FLOOR[other]})"
 

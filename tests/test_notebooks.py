@@ -30,7 +30,7 @@ def ends_in_value(source: str) -> bool:
     if not body or source.rstrip().endswith(";") or not isinstance(body[-1], ast.Expr):
         return False
     value = body[-1].value
-    quiet = ("test_", "need", "print", "plt.close")
+    quiet = ("test_", "need", "print", "plt.close", "shutil.rmtree")  # these return nothing
     return not (isinstance(value, ast.Call) and ast.unparse(value.func).startswith(quiet))
 
 
