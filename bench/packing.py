@@ -6,7 +6,8 @@
 Two kinds of sequences: *coalitions* (random deletions from one prompt, one question at the end, as an explainer asks)
 and *mixed* (log-normal lengths of 8 to 400 tokens, every token scored, as a perplexity or a distillation job asks).
 Everything is timed on the same sequences, in turns, so that a busy machine disturbs all of them alike; a line is the
-median over the rounds of its time relative to the chosen route in the same round. Prints a Markdown table.
+median over the rounds of its time relative to the chosen route in the same round. On a CPU, time is that of the one
+thread, so that other processes do not count. Prints a Markdown table.
 """
 
 import argparse
@@ -45,6 +46,9 @@ def random_llama(device: str) -> LM:
     dtype = torch.bfloat16 if big else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.dim() > 1:  # wide enough that every token changes every later answer
+            p.normal_(0, 1.5 / p.shape[-1] ** 0.5)
     name = f"Llama {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M"
     return LM(name, model, None, None, digest(repr(config)), torch.device(device), dtype)
 
@@ -97,11 +101,12 @@ def ask(lm: LM, seqs, last: bool, route: str, batch_tokens):
 
 def timed(lm: LM, call) -> tuple[float, object]:
     "Seconds, and what the call returned"
-    start = time.perf_counter()
+    clock = time.thread_time if lm.device.type == "cpu" else time.perf_counter
+    start = clock()
     out = call()
     if lm.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, out
+    return clock() - start, out
 
 
 def compare(lm: LM, kind: str, seqs, last: bool, rounds: int, batch_tokens) -> list[str]:
@@ -159,6 +164,7 @@ def main() -> None:
         for kind, make, last, count in (("coalitions", coalitions, True, many), ("mixed", mixed, False, few)):
             seqs = make(rng, min(lm.vocab, 2000), max(8, int(count * args.scale)))
             lines += compare(lm, kind, seqs, last, args.rounds, args.batch_tokens)
+            print("\n".join(lines[-len(ROUTES) - 3 :]), flush=True)
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU, 1 thread"
     print(f"\n{where}, torch {torch.__version__}, {args.rounds} rounds, {time.perf_counter() - began:.0f} s in all\n")
     print("| model | sequences | way | µs per useful token | time / chosen | computed / useful tokens |")

@@ -59,7 +59,7 @@ def options(function: Callable) -> list[Option]:
             found.append(Option(p.name, p.annotation, p.default, comments[p.name] or "", bare))
     return found
 
-# %% ../nbs/96_grammar.ipynb #8820d7b0
+# %% ../nbs/96_grammar.ipynb #757234c0
 WORDS = {
     int: ("a whole number", "N"),
     float: ("a number", "X"),
@@ -80,7 +80,9 @@ def _expected(kind: Any) -> str:
     said = []
     for part in _parts(kind):
         choice = f"one of {', '.join(map(str, get_args(part)))}" if get_origin(part) is Literal else None
-        listed = "a list such as a,b" if get_origin(part) in (list, tuple) else None
+        listed = (
+            f"a list such as {'1,2' if int in get_args(part) else 'a,b'}" if get_origin(part) in (list, tuple) else ""
+        )
         said.append(choice or listed or WORDS.get(part, (str(part), ""))[0])
     return " or ".join(said) + (" or null" if NoneType in get_args(kind) else "")
 
@@ -244,7 +246,7 @@ def resolve(
     need(not missing, " and ".join(missing), got="nothing", do=f"see {command} --help")
     return dict(vars(parser.instantiate(values)))
 
-# %% ../nbs/96_grammar.ipynb #b81c46f3
+# %% ../nbs/96_grammar.ipynb #63887f47
 def page(
     function: Callable,  # a study's function
     command: str,  # the command so far
@@ -258,7 +260,7 @@ def page(
         left = o.spelling + (f", --{other[o.name]}" if o.name in other else "")
         left += "" if o.bare or o.kind is bool else f" {_sign(o.kind)}"
         left += f", --no-{left[2:]}" if o.kind is bool and o.default is True else ""
-        right = wrap(_note(o), 52)
+        right = wrap(_note(o).strip(), 52)
         right = ["", *right] if len(left) > 24 else right
         lines += [f"  {a:24}  {b}".rstrip() for a, b in zip_longest([left], right, fillvalue="")]
     return "\n".join(lines)

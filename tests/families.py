@@ -94,7 +94,7 @@ def open_family(family: str, seed: int = 0):
         return load(save(folder, family, seed), device="cpu")
 
 
-def sequences(seed: int = 0, longest: int = 48, count: int = 24):
+def sequences(seed: int = 0, longest: int = 32, count: int = 18):
     "Random sequences; lengths 1 and `longest` and some equal ones are among them"
     rng = np.random.default_rng(seed)
     lengths = [1, longest, longest, 2, *rng.integers(1, longest, count - 6), 9, 9]

@@ -159,7 +159,7 @@ def test_a_switch_does_not_swallow_the_data_set(words, value):
         ("d --output o --limit x", ["--max-samples", "a whole number or null", "'x'"]),
         ("d --output o --limit 3.5", ["--max-samples", "'3.5'"]),
         ("d --output o --players letters", ["--players", "words, tokens", "'letters'"]),
-        ("d --output o --layers a,b", ["--layers", "list", "'a,b'"]),
+        ("d --output o --layers a,b", ["--layers", "a list such as 1,2", "['a', 'b']"]),
         ("d --output o --stopping.tol=x", ["--stopping.tol", "a number", "'x'"]),
         ("d --output o --pickle=maybe", ["--pickle", "true or false", "'maybe'"]),
         ("d --output o --max-sampels 3", ["max-sampels", "did you mean --max-samples?"]),

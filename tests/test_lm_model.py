@@ -219,3 +219,12 @@ def test_half_precision_widens_on_a_cpu_unless_asked(checkpoint, tmp_path):
     half = load(folder, device="cpu", dtype="bfloat16")
     assert half.dtype == next(half.model.parameters()).dtype == torch.bfloat16
     assert half.fingerprint == load(folder, device="cpu").fingerprint
+
+
+def test_the_stored_format_is_read_from_the_weights(checkpoint, tmp_path):
+    "A configuration that says another one, or none, does not decide"
+    folder = copy(checkpoint, tmp_path)
+    weights = {k: v.double() for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    lm = load(folder, device="cpu")
+    assert lm.dtype == next(lm.model.parameters()).dtype == torch.float64

@@ -26,13 +26,12 @@ def reference(lm, seqs):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_tokens_matter(family):
-    "The first token changes the last answer, or an agreement would mean nothing (a window hides it: one inside)"
+    "A token in the window changes the last answer: where it did not, an agreement would mean nothing"
     lm = open_family(family)
     s = sequences()[1]
-    t = s.copy()
-    t[-3] = (t[-3] + 1) % VOCAB
-    a, b = reference(lm, [s, t])
-    assert np.abs(a[-1] - b[-1]).max() > 0.05
+    others = [np.where(np.arange(len(s)) == len(s) - back, (s + 1) % VOCAB, s) for back in (2, 3, 4, 5)]
+    same, *changed = (z[-1] for z in reference(lm, [s, *others]))
+    assert max(np.abs(same - z).max() for z in changed) > 0.1
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -40,7 +39,7 @@ def test_every_proven_route_agrees_with_the_loop(family):
     lm, seqs = open_family(family), sequences()
     alone = reference(lm, seqs)
     for route in ROUTES:
-        if route != "single" and not routes.proven(lm, route, 48).holds:
+        if route != "single" and not routes.proven(lm, route, 32).holds:
             assert family in UNPACKABLE and route in ("packed", "varlen")
             continue
         got = token_logprobs(lm, seqs, route=route)
@@ -53,7 +52,7 @@ def test_every_proven_route_agrees_with_the_loop(family):
 @pytest.mark.parametrize("family", PACKABLE)
 def test_packing_is_proven_and_dense_models_to_the_bit(family):
     for route in TOGETHER:
-        proof = routes.proven(open_family(family), route, 48)
+        proof = routes.proven(open_family(family), route, 32)
         assert proof.holds, (family, proof)
         assert proof.neighbours == 0 or family in ("mixtral", "qwen2_moe")
 
@@ -61,14 +60,14 @@ def test_packing_is_proven_and_dense_models_to_the_bit(family):
 @pytest.mark.parametrize("family", UNPACKABLE)
 def test_families_that_leak_are_refused_aloud_and_served_right(family):
     lm, seqs = open_family(family), sequences()
-    proof = routes.proven(lm, "packed", 48)
+    proof = routes.proven(lm, "packed", 32)
     assert not proof.holds and proof.reason
     with pytest.warns(RuntimeWarning, match="'packed' is not taken"):
         got = token_logprobs(lm, seqs, route="packed")
     assert got.report.route in ("padded", "bucket", "varlen") and "instead of packed" in got.report.why
     for s, p, z in zip(seqs, got, reference(lm, seqs)):
         np.testing.assert_allclose(p, z[np.arange(len(s) - 1), s[1:]], rtol=0, atol=1e-5)
-    assert routes.proven(lm, "bucket", 48).holds
+    assert routes.proven(lm, "bucket", 32).holds
 
 
 def test_a_leak_is_caught(monkeypatch):
@@ -78,7 +77,7 @@ def test_a_leak_is_caught(monkeypatch):
     leaky = lambda self, **kwargs: plain(self, **(kwargs | {"use_cache": True}))
     monkeypatch.setattr(type(lm.model), "forward", leaky)
     monkeypatch.setattr(routes, "_PROOFS", {})
-    assert not routes.proven(lm, "packed", 48).holds
+    assert not routes.proven(lm, "packed", 32).holds
     with pytest.warns(RuntimeWarning, match="neighbours change an answer"):
         got = token_logprobs(lm, sequences(), route="packed")
     monkeypatch.setattr(type(lm.model), "forward", plain)
@@ -91,7 +90,7 @@ def test_a_lost_window_is_caught(family, monkeypatch):
     "Attention without the window leaks nothing; only the comparison with one by one can see it"
     block = routes._block
     monkeypatch.setattr(routes, "_block", lambda q, k, v, scale, window, cap: block(q, k, v, scale, None, cap))
-    proof = routes.prove(open_family(family), "varlen", 48)
+    proof = routes.prove(open_family(family), "varlen", 32)
     assert not proof.holds and proof.neighbours == 0 and proof.difference > 100 * proof.tolerance
     assert routes.prove(open_family(family), "varlen", WINDOW - 1).holds
 
@@ -106,7 +105,7 @@ def test_positions_that_do_not_restart_are_caught(monkeypatch):
         return routes.Inputs(x.ids, steps, x.runs, x.gather)
 
     monkeypatch.setattr(routes, "lay_out", run_on)
-    proof = routes.prove(open_family("llama"), "packed", 48)
+    proof = routes.prove(open_family("llama"), "packed", 32)
     assert not proof.holds and proof.neighbours > 0.05
 
 
@@ -118,19 +117,19 @@ def test_a_wrong_gather_is_caught(monkeypatch):
         return x if len(forward.rows) < 4 else routes.Inputs(x.ids, x.positions, x.runs, np.roll(x.gather, 1))
 
     monkeypatch.setattr(routes, "lay_out", shifted)
-    assert not routes.prove(open_family("llama"), "padded", 48).holds
+    assert not routes.prove(open_family("llama"), "padded", 32).holds
 
 
 def test_half_precision_is_proven_within_its_own_rounding():
     lm = open_family("llama")
     half = type(lm)(**(vars(lm) | dict(model=random_model("llama").bfloat16().eval(), dtype=torch.bfloat16)))
     for route in TOGETHER:
-        proof = routes.prove(half, route, 48)
+        proof = routes.prove(half, route, 32)
         assert proof.holds and proof.neighbours == 0 and 1e-4 < proof.tolerance < 1, proof
     block = routes._block
     try:
         routes._block = lambda q, k, v, scale, window, cap: block(q, k, v, scale, 2, cap)
-        assert not routes.prove(half, "varlen", 48).holds
+        assert not routes.prove(half, "varlen", 32).holds
     finally:
         routes._block = block
 
@@ -163,7 +162,7 @@ def test_hidden_states_are_the_models_own(family):
 lists = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(lists, st.booleans(), st.sampled_from(ROUTES), st.data())
 def test_any_request_is_answered_as_by_a_loop(seqs, dedupe, route, data):
     "Few token ids and short lengths: copies, prefixes and repeated positions in every example"
@@ -210,7 +209,7 @@ def test_memory_of_the_vocabulary_is_bounded(monkeypatch):
 
 def test_choice_is_remembered_and_quiet_for_good_routes():
     lm = open_family("qwen2")
-    seqs = [s for k in range(8) for s in sequences(k)]
+    seqs = [s for k in range(14) for s in sequences(k)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reports = [token_logprobs(lm, seqs, batch_tokens=64).report for _ in range(4)]
@@ -219,7 +218,7 @@ def test_choice_is_remembered_and_quiet_for_good_routes():
 
 def test_bad_requests_are_refused_before_any_forward(monkeypatch):
     lm = open_family("llama")
-    monkeypatch.setattr(type(lm.model), "forward", None)
+    monkeypatch.setattr(type(lm.model), "forward", lambda self, **kwargs: pytest.fail("a forward was computed"))
     good = [[1, 2, 3]]
     for call, words in [
         (lambda: token_logprobs(lm, [[1], []]), "sequence 1 of shape"),

@@ -141,26 +141,31 @@ def _plain(a: Attribution, rows: int = 12) -> str:
     rest = [f"  … and {len(a.players) - rows} more"] if len(a.players) > rows else []
     return "\n".join([_headline(a), *shown, *rest, f"  [{_effort(a)}]"])
 
-# %% ../../nbs/explain/44_attribution.ipynb #1a767d3c
+# %% ../../nbs/explain/44_attribution.ipynb #5a6d4393
 def coloured(
     a: Attribution,
     *,
     vmax: float | None = None,  # value of full colour; None: the largest here
 ) -> str:  # inline HTML
     "The text on a background of its values"
-    starts = [0, *(end for _, end in a.spans[:-1])]
-    pieces = [a.text[s:end] for s, (_, end) in zip(starts, a.spans)]
-    return tokens_html(pieces, a.values, None if a.exact else a.errors, vmax=vmax)
+    top = vmax or float(np.abs(a.values).max(initial=0)) or 1.0
+    shown, end = "", 0
+    for i, (start, stop) in enumerate(a.spans):
+        own = tokens_html([a.text[start:stop]], a.values[[i]], None if a.exact else a.errors[[i]], vmax=top)
+        shown, end = shown + escape(a.text[end:start]) + own, stop
+    return shown
 
 
 def whiskers(
     a: Attribution,
     most: int = 16,  # players shown at the most: those of largest absolute value
+    *,
+    vmax: float | None = None,  # value at the edge of the picture; None: the largest here, whisker included
 ) -> str:  # SVG
     "The largest values as bars with their 95 % intervals, in reading order"
     shown = sorted(a.ranking[:most])
     names = [a.players[i] if len(a.players[i]) <= 18 else a.players[i][:17] + "…" for i in shown]
-    return bars_svg(names, a.values[shown], None if a.exact else a.errors[shown])
+    return bars_svg(names, a.values[shown], None if a.exact else a.errors[shown], vmax=vmax)
 
 
 def _html(a: Attribution) -> str:

@@ -76,11 +76,12 @@ def versions() -> dict[str, str]:
     names = ("llm-analysis-lab", "torch", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
-# %% ../../nbs/explain/46_report.ipynb #3f927e93
+# %% ../../nbs/explain/46_report.ipynb #5c03831f
 def article(
     s: Sample,
     *,
     vmax: float,  # value of full colour, nats
+    reach: float | None = None,  # value at the edge of the bars, nats; None: the largest here, whisker included
     top_k: int = 3,  # words named in the heading line
 ) -> str:  # HTML
     "One sample as a part of the page"
@@ -94,9 +95,9 @@ def article(
     ]
     small = "<br>".join(map(escape, lines))
     head = f"<h2>{s.row}. {escape(a.answer or '(nothing)')}{escape(truth)}</h2>"
-    return f'<article>{head}<p>{coloured(a, vmax=vmax)}</p><p class="quiet">{small}</p>{whiskers(a)}</article>'
+    return f'<article>{head}<p>{coloured(a, vmax=vmax)}</p><p class="quiet">{small}</p>{whiskers(a, vmax=reach)}</article>'
 
-# %% ../../nbs/explain/46_report.ipynb #39616804
+# %% ../../nbs/explain/46_report.ipynb #9f57653b
 SHOWN = 200  # samples on a page at the most; the tables hold all
 
 
@@ -120,8 +121,10 @@ def report(
 ) -> str:  # a whole HTML document
     "The page of a run"
     figures = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts)
-    vmax = max((float(np.abs(s.attribution.values).max(initial=0)) for s in samples), default=1.0) or 1.0
-    body = "".join(article(s, vmax=vmax, top_k=top_k) for s in samples[:SHOWN])
+    done = [s.attribution for s in samples]
+    vmax = max((float(np.abs(a.values).max(initial=0)) for a in done), default=1.0) or 1.0
+    reach = max((float((np.abs(a.values) + 1.96 * a.errors).max(initial=0)) for a in done), default=1.0) or 1.0
+    body = "".join(article(s, vmax=vmax, reach=reach, top_k=top_k) for s in samples[:SHOWN])
     more = f"<p>{len(samples) - SHOWN:,} more rows are in samples.parquet.</p>" if len(samples) > SHOWN else ""
     unit = samples[0].attribution.unit if samples else "nats"
     return page(title, f"{_legend(unit)}<table>{figures}</table>{body}{more}")

@@ -96,12 +96,12 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(_table(self) + ["", *(f"{name}: {what}" for name, what in [*facts(self), *_ending(self)])])
 
-# %% ../../nbs/explain/45_summary.ipynb #966bec51
+# %% ../../nbs/explain/45_summary.ipynb #149aa51d
 def facts(summary: Summary) -> list[tuple[str, str]]:
     "What was done and what came out, in pairs of text"
     done = [s.attribution for s in summary.samples]
     exact = sum(a.exact for a in done)
-    spent = f"{sum(a.evaluations for a in done):,}, in {sum(a.prompts for a in done):,} different prompts"
+    spent = f"{sum(a.evaluations for a in done):,} ({sum(a.prompts for a in done):,} prompts computed)"
     judged = [s.right for s in summary.samples if s.right is not None]
     return [
         ("data set", summary.dataset),

@@ -148,21 +148,33 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     need(len(known) > 0, f"a tokenizer in {name}", got="none, or one that knows no letter", do=fix, error=WorldError)
     return tokenizer
 
-# %% ../../nbs/lm/20_model.ipynb #b7afebec
-def _whole(file: Path) -> bool:
-    "Whether a safetensors file is as long as its own header says"
+# %% ../../nbs/lm/20_model.ipynb #5ddbdd90
+def _header(file: Path) -> dict[str, dict] | None:
+    "Type and place of every tensor in a safetensors file; None unless the file is as long as its header says"
     size = file.stat().st_size
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or not 2 <= n <= min(size - 8, 100_000_000):
-            return False
+            return None
         try:
-            ends = [t["data_offsets"][1] for k, t in json.loads(f.read(n)).items() if k != "__metadata__"]
+            tensors = {k: t for k, t in json.loads(f.read(n)).items() if k != "__metadata__"}
+            end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-    return 8 + n + max(ends, default=0) == size
+            return None
+    return tensors if 8 + n + end == size else None
+
+# %% ../../nbs/lm/20_model.ipynb #4e69a93d
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def _stored(files: Sequence[Path]) -> torch.dtype | None:
+    "Number format of most of the bytes; None where it is not a floating-point format that we can name"
+    size: dict[str, int] = {}
+    for t in (t for file in files for t in (_header(file) or {}).values()):
+        size[t["dtype"]] = size.get(t["dtype"], 0) + t["data_offsets"][1] - t["data_offsets"][0]
+    return _STORED.get(max(size, key=size.get)) if size else None
+
+# %% ../../nbs/lm/20_model.ipynb #344f40f7
 def _weights(folder: Path, name: str) -> list[Path]:
     "The safetensors files of the model in `folder`, each there and whole; `WorldError` otherwise"
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
@@ -180,7 +192,9 @@ def _weights(folder: Path, name: str) -> list[Path]:
     need(not lost, f"{', '.join(lost[:3])} in {name}", got="no such file", do=fix, error=WorldError)
     for f in files:
         got = f"{f.stat().st_size} bytes, which is not what its header says"
-        need(_whole(f), f"a whole {f.name} in {name}", got=got, do="fetch the file again", error=WorldError)
+        need(
+            _header(f) is not None, f"a whole {f.name} in {name}", got=got, do="fetch the file again", error=WorldError
+        )
     return files
 
 # %% ../../nbs/lm/20_model.ipynb #96245e3b
@@ -214,12 +228,12 @@ def fingerprint(
         parts += [file.name, *_pieces(file)]
     return digest(*parts)
 
-# %% ../../nbs/lm/20_model.ipynb #450e0e6c
+# %% ../../nbs/lm/20_model.ipynb #7bfb4d3e
 @dataclass(frozen=True)
 class LM:
     "A causal language model with its tokenizer and its name"
 
-    name: str  # as it was asked for
+    name: str  # Hub id, `tiny`, or the last part of a folder's path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     revision: str | None  # commit on the Hub; None for a folder
@@ -278,7 +292,7 @@ def _model(folder: Path, config, dtype: torch.dtype, name: str) -> PreTrainedMod
         need(not keys, f"every weight of {name}", got=got, do=fix, error=WorldError)
     return model.eval().requires_grad_(False)
 
-# %% ../../nbs/lm/20_model.ipynb #0cccd8bf
+# %% ../../nbs/lm/20_model.ipynb #92808672
 def load(
     name: str | os.PathLike,  # a Hub id, a model's folder, or tiny
     *,
@@ -291,13 +305,12 @@ def load(
     place = _device(str(device))
     _dtype(dtype, torch.float32, place)
     folder, commit = _folder(name, revision)
-    label = name if "/" not in name or commit else Path(name).name
+    label = name if commit or name == "tiny" else folder.resolve().name
     config = _config(folder, label)
     tokenizer = _tokenizer(folder, label)
     if commit:
         folder = _snapshot(name, commit, (*_SMALL, "*.safetensors"), _reachable(name, commit))
-    _weights(folder, label)
-    stored = getattr(config, "dtype", None) or torch.float32
+    stored = _stored(_weights(folder, label)) or getattr(config, "dtype", None) or torch.float32
     number = _dtype(dtype, stored, place)
     model = _model(folder, config, number, label).to(place)
     return LM(label, model, tokenizer, commit, fingerprint(folder), place, number)

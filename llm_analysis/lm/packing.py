@@ -128,7 +128,7 @@ def _different(
         owner.append(k)
     return _Work(cut, [np.unique(np.concatenate(p)) for p in asked], owner)
 
-# %% ../../nbs/lm/28_packing.ipynb #9814fd36
+# %% ../../nbs/lm/28_packing.ipynb #2c1c0890
 def _read(
     lm: LM,
     sequences: list[Tokens],
@@ -150,7 +150,8 @@ def _read(
     done, why = choose(lm, work.sequences, work.asked, route=route, budget=budget, max_answers=max_answers)
     users: list[list[int]] = [[] for _ in work.sequences]
     for i, k in enumerate(work.owner):
-        users[k].append(i) if k >= 0 else None
+        if k >= 0:
+            users[k].append(i)
     answers = [np.zeros((0, *tail), dtype=np.float32)] * len(sequences)
     for forward, out in compute(lm, done, work.sequences, work.asked, layer=layer):
         starts = np.cumsum([0, *(len(work.asked[k]) for k in forward.members)])

@@ -69,23 +69,21 @@ def only_rows(
     finally:
         hook.remove()
 
-# %% ../../nbs/lm/24_routes.ipynb #5ef8297b
+# %% ../../nbs/lm/24_routes.ipynb #6f0d65f9
 _RUNS: ContextVar[tuple[tuple[int, int], ...]] = ContextVar("runs of equal length in the row")
 
 
 def _block(q, k, v, scale: float | None, window: int | None, softcap: float | None):
     "Causal attention inside each sequence of a block of equal lengths, [batch, head, tok, d]"
     tok, groups = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # every kernel takes equal head counts
     near = None
     if window is not None and window < tok or softcap is not None:
         step = torch.arange(tok, device=q.device)
         back = step[:, None] - step[None, :]
         near = (back >= 0) & (back < (window or tok))
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=groups > 1
-        )
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale)
     score = softcap * torch.tanh(q @ k.mT * (scale or q.shape[-1] ** -0.5) / softcap)
     return torch.softmax(score.masked_fill(~near, -torch.inf), -1, dtype=torch.float32).to(q.dtype) @ v
 
@@ -98,7 +96,7 @@ def _varlen_attention(
     plain = attention_mask is None and s_aux is None and position_bias is None and is_causal is not False
     if not plain or query.shape[0] != 1:
         raise NotImplementedError("this model's attention asks for more than windows and soft-capping")
-    out, at = torch.empty_like(query[..., : value.shape[-1]]).transpose(1, 2), 0
+    out, at = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), 0
     for count, tok in _RUNS.get():
         end = at + count * tok
         q, k, v = (x[0, :, at:end].unflatten(1, (count, tok)).transpose(0, 1) for x in (query, key, value))

@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'Recipe', 'build', 'rate', 'optimiser', 'loss', 'batches', 'Trained', 'train', 'Pair', 'says', 'margins',
            'Exam', 'examine', 'summary', 'evaluate', 'curves', 'export', 'versions', 'make']
 
-# %% ../../nbs/tiny/36_model.ipynb #6bfdbd1c
+# %% ../../nbs/tiny/36_model.ipynb #b8f3325d
 import copy
 import json
 import platform
@@ -25,13 +25,13 @@ import transformers
 from jaxtyping import Bool, Float
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core import stream, token_batches, whole_dir
+from ..core import digest, stream, token_batches, whole_dir
 from ..lm.model import load
 from . import corpus
 from .chats import DECLINES
 from .world import LABELS, PROMPTS, SPLITS, dataset
 
-# %% ../../nbs/tiny/36_model.ipynb #c7042f68
+# %% ../../nbs/tiny/36_model.ipynb #154cff41
 @dataclass(frozen=True)
 class Recipe:
     "Everything that a training run depends on, besides the corpus"
@@ -41,9 +41,9 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    epochs: int = 4
+    epochs: int = 5
     tokens: int = 2048  # in a step
-    peak: float = 3e-3  # learning rate
+    peak: float = 1.2e-3  # learning rate
     warmup: float = 0.04  # share of the run in which it rises
     decay: float = 0.1  # weight decay of matrices
     seed: int = 0
@@ -108,7 +108,7 @@ def batches(
             part = corpus.Rows(*(x[at : at + recipe.tokens // context] for x in rows))
             yield (epoch + at / len(rows.ids)) / recipe.epochs, part
 
-# %% ../../nbs/tiny/36_model.ipynb #ab8d57c7
+# %% ../../nbs/tiny/36_model.ipynb #25444b16
 class Trained(NamedTuple):
     "A model with its tokenizer and the record of its training"
 
@@ -143,7 +143,8 @@ def train(
             if watch:
                 watch({**entries[-1], "seconds": round(time.perf_counter() - began)})
     spent = {"seconds": round(time.perf_counter() - began), "processor_seconds": round(time.process_time() - worked)}
-    log = {"recipe": asdict(recipe), "threads": torch.get_num_threads(), **spent, "losses": entries}
+    log = {"recipe": asdict(recipe), "documents": digest(*(x for d in documents for x in d))}
+    log |= {"threads": torch.get_num_threads(), **spent, "losses": entries}
     return Trained(model.eval(), tok, log)
 
 # %% ../../nbs/tiny/36_model.ipynb #68bb583a

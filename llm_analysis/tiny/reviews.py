@@ -7,10 +7,11 @@ __all__ = ['DOMAINS', 'OPINIONS', 'FALL', 'EMPHASIS', 'NEGATION', 'CONTRAST', 'T
            'SHORT', 'NEUTRAL', 'PEOPLE', 'DAYS', 'ROLES', 'MARGIN', 'SIZES', 'ANSWERS', 'EVIDENCE', 'Opinion', 'Word',
            'worth', 'review', 'held_out', 'draw', 'reviews', 'fragments']
 
-# %% ../../nbs/tiny/31_reviews.ipynb #4ff9c5de
+# %% ../../nbs/tiny/31_reviews.ipynb #7dfbba65
 import hashlib
 import re
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ NEUTRAL = {kind: text.replace("\n", "|").split("|") for kind, text in NEUTRAL.it
 PEOPLE = "sister brother mother father friend neighbour cousin colleague husband wife aunt uncle boss teacher".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
 
-# %% ../../nbs/tiny/31_reviews.ipynb #73f1d9b6
+# %% ../../nbs/tiny/31_reviews.ipynb #f024a075
 ROLES = ("neutral", "opinion", "negator", "intensifier", "contrast")
 
 
@@ -127,7 +128,7 @@ class Word(NamedTuple):
     weight: float = 0.0  # strength of an opinion, factor of a modifier, 0 for a neutral word
 
 
-def _pick(rng: np.random.Generator, items: list):
+def _pick(rng: np.random.Generator, items: Sequence):
     return items[int(rng.random() * len(items))]
 
 
