@@ -26,7 +26,7 @@ def cells(nb):
                 cell.source = ""
             for k, out in enumerate(cell.outputs):
                 if "image/png" in out.get("data", {}):
-                    out.data = {"text/markdown": f"![figure](nbs/images/readme-{cell.id}-{k}.png)"}
+                    out.data = {"text/markdown": f"![what each word did to the answer](nbs/images/readme-{cell.id}-{k}.png)"}
                 elif "text/html" in out.get("data", {}):
                     del out.data["text/html"]
         yield cell
@@ -48,6 +48,7 @@ def render() -> str:
     "README.md as text"
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     nb.cells = list(cells(nb))
+    nb.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\s*\n```\n", "", text)
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
