@@ -26,7 +26,8 @@ def cells(nb):
                 cell.source = ""
             for k, out in enumerate(cell.outputs):
                 if "image/png" in out.get("data", {}):
-                    out.data = {"text/markdown": f"![what each word did to the answer](nbs/images/readme-{cell.id}-{k}.png)"}
+                    picture = f"nbs/images/readme-{cell.id}-{k}.png"
+                    out.data = {"text/markdown": f"![what each word did to the answer]({picture})"}
                 elif "text/html" in out.get("data", {}):
                     del out.data["text/html"]
         yield cell
