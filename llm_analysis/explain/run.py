@@ -133,9 +133,9 @@ def _provenance(rows: Rows, lm: LM, value: LabelMargin | AnswerLogprob, **option
     model = dict(model=lm.name, revision=lm.revision, fingerprint=lm.fingerprint, dtype=str(lm.dtype))
     return data | model | dict(value=type(value).__name__) | asdict(value) | options | dict(versions=versions())
 
-# %% ../../nbs/explain/48_run.ipynb #24f0e07a
+# %% ../../nbs/explain/48_run.ipynb #e77978f0
 def run(
-    dataset: str,  # tiny/reviews, tiny/news, a .csv, .jsonl or .parquet file, a folder, or OWNER/NAME on the Hub
+    dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
     output_dir: str | os.PathLike,  # folder for the tables and the page; new or empty
     model: str | None = None,  # a Hub id, a model's folder, or tiny; None: tiny, except for a data set of the Hub
