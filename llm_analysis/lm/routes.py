@@ -69,7 +69,7 @@ def only_rows(
     finally:
         hook.remove()
 
-# %% ../../nbs/lm/24_routes.ipynb #6f0d65f9
+# %% ../../nbs/lm/24_routes.ipynb #7a052043
 _RUNS: ContextVar[tuple[tuple[int, int], ...]] = ContextVar("runs of equal length in the row")
 
 
@@ -106,9 +106,10 @@ def _varlen_attention(
     return out, None
 
 
-AttentionInterface.register("llm_analysis_varlen", _varlen_attention)
+_VARLEN = f"llm_analysis_varlen_{__name__}"  # a copy of this code in a notebook registers its own
+AttentionInterface.register(_VARLEN, _varlen_attention)
 
-# %% ../../nbs/lm/24_routes.ipynb #14e28809
+# %% ../../nbs/lm/24_routes.ipynb #88bcb377
 @contextmanager
 def _attending(lm: LM, route: str, runs: tuple[tuple[int, int], ...]) -> Iterator[None]:
     "Inside, the model's attention is the one that `route` needs"
@@ -117,7 +118,7 @@ def _attending(lm: LM, route: str, runs: tuple[tuple[int, int], ...]) -> Iterato
         return
     config, token = lm.model.config.get_text_config(), _RUNS.set(runs)
     before = config._attn_implementation
-    config._attn_implementation = "llm_analysis_varlen"
+    config._attn_implementation = _VARLEN
     try:
         yield
     finally:
