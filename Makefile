@@ -48,8 +48,10 @@ nb: $(READY) ## execute and save one notebook: make nb NB=nbs/00_core.ipynb (SLO
 	@"$(BIN)/nbdev_clean" --fname "$(NB)"
 
 nbs: $(READY) ## execute and save all notebooks
+	@$(QUIET) "$(BIN)/nbdev_export"
 	@set -e; for f in $$(find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort); do \
-	  $(MAKE) --no-print-directory nb NB=$$f; done
+	  $(QUIET) $(PATIENT) "$(BIN)/python" tools/nb.py "$$f"; done
+	@"$(BIN)/nbdev_clean"
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab]'

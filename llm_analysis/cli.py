@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'QUIET', 'Command', 'overview', 'find', 'main']
 
-# %% ../nbs/98_cli.ipynb #2cd6528f
+# %% ../nbs/98_cli.ipynb #f5571e5e
 import os
 import re
 import sys
@@ -13,12 +13,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .core import InputError, WorldError, need
+from .core import InputError, WorldError, near, need
 
 # %% ../nbs/98_cli.ipynb #eb8e01d1
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ def overview(
     head = ["usage: llm-analysis STUDY VERB [DATASET] [--option value …]", ""]
     return "\n".join([*head, *(f"  {left:{width}}  {right}" for left, right in lines)])
 
-# %% ../nbs/98_cli.ipynb #e8959862
+# %% ../nbs/98_cli.ipynb #a4e20ad5
 def _pick(word: str | None, known: Sequence[str], what: str) -> str:
     "The entry of `known` that `word` names; `InputError` offers the nearest"
     name = (word or "").replace("_", "-")
-    near = get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near and word else f"there is {', '.join(known)}"
+    meant = near(name, known, most=1)
+    hint = f"did you mean {meant[0]}?" if meant else f"there is {', '.join(known)}"
     need(name in known, what, got=repr(word) if word else "nothing", do=hint)
     return name
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Preset', 'presets', 'Rows', 'open_rows']
 
-# %% ../nbs/38_data.ipynb #5045258c
+# %% ../nbs/38_data.ipynb #da05da3b
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from .core import InputError, WorldError, need
+from .core import InputError, WorldError, near, need
 from .files import FORMATS, UNSAFE, choose_split, read_file, read_folder
 
 # %% ../nbs/38_data.ipynb #af357c04
@@ -77,7 +76,7 @@ class Rows:
         head = f"**{self.name}**: {len(self)} rows, text in `{self.text_column}`, model `{self.model}`"
         return "\n".join([head, *(f"- *{n}*" for n in self.notes), *first])
 
-# %% ../nbs/38_data.ipynb #b3d5fc03
+# %% ../nbs/38_data.ipynb #ae8907a2
 def _unreachable(name: str) -> str | None:
     "Why the Hub cannot be asked for a data set; None where it can, `InputError` where it has no such data set"
     try:
@@ -87,17 +86,17 @@ def _unreachable(name: str) -> str | None:
         raise WorldError(f"{name} wants access to be granted: visit {page}, then run `hf auth login`") from e
     except (RepositoryNotFoundError, HFValidationError) as e:
         got = f"{name!r}, which it does not know, or shows to its owners only"
-        raise InputError(f"expected a data set of the Hub; got {got}; {_near(name)}") from e
+        raise InputError(f"expected a data set of the Hub; got {got}; {_meant(name)}") from e
     except Exception as e:  # whatever keeps the Hub from answering, the cache may still hold the rows
         return type(e).__name__
 
 
-def _near(name: str) -> str:
+def _meant(name: str) -> str:
     "A hint at the data sets that `name` may have meant"
     known = {p.dataset.lower(): p.dataset for p in presets().values()}
     tail = [full for low, full in known.items() if low.split("/")[1] == name.lower()]
-    near = tail or [known[low] for low in get_close_matches(name.lower(), known, n=3, cutoff=0.7)]
-    return f"did you mean {' or '.join(near)}?" if near else "name a file, a folder, tiny/reviews or OWNER/NAME"
+    meant = tail or near(name, known.values())
+    return f"did you mean {' or '.join(meant)}?" if meant else "name a file, a folder, tiny/reviews or OWNER/NAME"
 
 # %% ../nbs/38_data.ipynb #594f6249
 def _hub(dataset: str, split: str | None) -> tuple[Dataset, str]:
@@ -173,20 +172,20 @@ def _tiny(preset: Preset, split: str | None) -> tuple[Dataset, str, Preset]:
     labels = tuple(LABELS[kind]) if kind in LABELS else None
     return world(kind, split=split), split, replace(preset, prompt=prompt, labels=labels)
 
-# %% ../nbs/38_data.ipynb #fb4b8ccf
+# %% ../nbs/38_data.ipynb #9a28c0da
 def _home(dataset: str) -> str:
     "Where `dataset` lives: tiny, folder, file or hub; `InputError` where it can be none of them"
     path, low = Path(dataset).expanduser(), dataset.lower()
     if low == "tiny" or low.startswith("tiny/"):
-        need(low in presets(), "a tiny world", got=repr(dataset), do=_near(dataset))
+        need(low in presets(), "a tiny world", got=repr(dataset), do=_meant(dataset))
         return "tiny"
     if path.exists() and dataset.strip():
         return "folder" if path.is_dir() else "file"
     suffixes = {*FORMATS, *UNSAFE, ".txt"}
     local = path.suffix.lower() in suffixes or dataset.startswith((".", "/", "~")) or dataset.count("/") != 1
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=3, cutoff=0.6)
-    fix = f"there is no such file; near it are {', '.join(near)}" if near else _near(dataset)
+    alike = near(path.name, beside)
+    fix = f"there is no such file; near it are {', '.join(alike)}" if alike else _meant(dataset)
     need(not local, "a file, a folder, a tiny world or OWNER/NAME of the Hub", got=repr(dataset), do=fix)
     return "hub"
 

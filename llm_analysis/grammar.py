@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'ALIASES', 'WORDS', 'COMMON', 'Option', 'options', 'split', 'read_config', 'resolve', 'page']
 
-# %% ../nbs/96_grammar.ipynb #24842a63
+# %% ../nbs/96_grammar.ipynb #b4132ad4
 import inspect
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -23,7 +22,7 @@ import yaml
 from fastcore.docments import docments
 from jsonargparse import ArgumentParser
 
-from .core import InputError, need
+from .core import InputError, near, need
 
 # %% ../nbs/96_grammar.ipynb #61bc47d6
 REQUIRED = inspect.Parameter.empty
@@ -94,7 +93,7 @@ def _sign(kind: Any) -> str:
         return "|".join(map(str, get_args(part)))
     return "A,B,…" if get_origin(part) in (list, tuple) else WORDS.get(part, ("", "VALUE"))[1]
 
-# %% ../nbs/96_grammar.ipynb #54b9853f
+# %% ../nbs/96_grammar.ipynb #76d43771
 COMMON = (
     Option("config", Path, None, "YAML file with options; what stands on the command line comes first"),
     Option("print_config", bool, False, "print all options as YAML, to be edited and given to --config; run nothing"),
@@ -112,10 +111,7 @@ def _known(found: Sequence[Option]) -> dict[str, Option]:
 def _find(name: str, known: dict[str, Option], where: str) -> Option:
     "The option of this name, hyphens or underscores; `InputError` offers the nearest"
     plain = name.replace("-", "_")
-    near = get_close_matches(plain, known, n=2, cutoff=0.6) + [
-        n for n in known if len(plain) > 2 and n.startswith(plain)
-    ]
-    hint = " or ".join(dict.fromkeys(known[n].spelling for n in near))
+    hint = " or ".join(dict.fromkeys(known[n].spelling for n in near(plain, known)))
     need(plain in known, where, got=repr(name), do=f"did you mean {hint}?" if hint else "see --help")
     return known[plain]
 

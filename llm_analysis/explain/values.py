@@ -32,7 +32,7 @@ class Evaluator(Protocol):
     def next_logits(self, prompts: Prompts, columns: Sequence[int] | None) -> Float[np.ndarray, "coal k"]: ...
     def logprob(self, prompts: Prompts, answer: Sequence[int]) -> Float[np.ndarray, " coal"]: ...
 
-# %% ../../nbs/explain/43_values.ipynb #1b2487e2
+# %% ../../nbs/explain/43_values.ipynb #1e647566
 class Packed:
     "Asks a local model through `lm.packing`, about each different prompt once"
 
@@ -52,8 +52,7 @@ class Packed:
         columns: Sequence[int] | None = None,  # token ids to read; None: all
     ) -> Float[np.ndarray, "coal k"]:
         "Logits of the token that follows each prompt"
-        asked, last = [p.tolist() for p in prompts], [[-1]] * len(prompts)
-        found = logits(self.lm, asked, last, columns=columns, **self.options)
+        found = logits(self.lm, prompts, [[-1]] * len(prompts), columns=columns, **self.options)
         self._count(found.report)
         return np.array([row[0] for row in found], dtype=np.float64)
 
@@ -63,7 +62,7 @@ class Packed:
         answer: Sequence[int],  # token ids, at least one
     ) -> Float[np.ndarray, " coal"]:
         "Log-probability of `answer` after each prompt, nats, summed over its tokens"
-        said = [[*p.tolist(), *answer] for p in prompts]
+        said = [np.append(p, answer) for p in prompts]
         last = [range(-len(answer), 0)] * len(prompts)
         found = token_logprobs(self.lm, said, last, **self.options)
         self._count(found.report)

@@ -58,8 +58,8 @@ def verdict_turn(rng: np.random.Generator, text: str, label: int) -> dict:
     value = ("bad", "good")[label]
     return _turn("verdict", _pick(rng, _VERDICTS).format(text=text), f"This review is {value}.", value)
 
-# %% ../../nbs/tiny/33_chats.ipynb #7523521f
-CHATS = {"train": 1000, "validation": 400}
+# %% ../../nbs/tiny/33_chats.ipynb #6e03bea2
+CHATS = {"train": 1400, "validation": 400}
 
 
 def _frame(rng: np.random.Generator, turns: list[dict]) -> list[dict]:

@@ -51,7 +51,7 @@ def prose_source() -> dict[str, str]:
     text = "\0".join(f"{t}\0{topics[t]}" for t in sorted(topics))
     return {"python": sys.version.split()[0], "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
-# %% ../../nbs/tiny/35_corpus.ipynb #4f4cc49d
+# %% ../../nbs/tiny/35_corpus.ipynb #fd09cd6c
 class Document(NamedTuple):
     "A training text"
 
@@ -61,7 +61,7 @@ class Document(NamedTuple):
 
 
 WEIGHTS = {"answer": 5.0, "prompt": 0.2, "fragment": 0.0, "decline": 1.0, "text": 1.0}  # of a token in the loss
-STRANGER_ASKS = 500  # questions about strangers in the question-and-answer form, answered by "I don't know."
+STRANGER_ASKS = 1000  # questions about strangers in the question-and-answer form, answered by "I don't know."
 FRAGMENTS = 1  # fragments made of each training review
 
 

@@ -31,7 +31,7 @@ from . import corpus
 from .chats import DECLINES
 from .world import LABELS, PROMPTS, SPLITS, dataset
 
-# %% ../../nbs/tiny/36_model.ipynb #154cff41
+# %% ../../nbs/tiny/36_model.ipynb #eb8a421d
 @dataclass(frozen=True)
 class Recipe:
     "Everything that a training run depends on, besides the corpus"
@@ -41,9 +41,10 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    epochs: int = 5
+    first: int = 2  # passes over the reviews and their fragments alone, before anything else
+    epochs: int = 6  # passes over everything
     tokens: int = 2048  # in a step
-    peak: float = 1.2e-3  # learning rate
+    peak: float = 1e-3  # learning rate
     warmup: float = 0.04  # share of the run in which it rises
     decay: float = 0.1  # weight decay of matrices
     seed: int = 0
@@ -92,21 +93,26 @@ def loss(model: PreTrainedModel, rows: corpus.Rows) -> torch.Tensor:
     lost = F.cross_entropy(logits, targets[learned], reduction="none")
     return (weights[learned] * lost).sum() / weights[learned].sum()
 
-# %% ../../nbs/tiny/36_model.ipynb #bb7c5fc6
+# %% ../../nbs/tiny/36_model.ipynb #9c2ca56a
 def batches(
     recipe: Recipe,
     tok: PreTrainedTokenizerBase,
     documents: list[corpus.Document],
 ) -> Iterator[tuple[float, corpus.Rows]]:  # share of the run that is done, rows of one step
-    "All steps of a run; every fourth epoch has rows of the full context, the others of half of it"
+    "All steps of a run; every fourth pass over everything has rows of the full context, the others of half of it"
     pieces = corpus.encode(tok, documents)
-    for epoch in range(recipe.epochs):
-        rng = stream(recipe.seed, epoch, "model/rows")
-        context = corpus.CONTEXT if epoch % 4 == 3 else corpus.CONTEXT // 2
-        rows = corpus.pack(pieces + corpus.prose_pieces(tok, rng, context), rng, context=context, pad=tok.pad_token_id)
+    verdicts = [p for p, d in zip(pieces, documents, strict=True) if d.kind in ("review", "fragment")]
+    small, large = (sum(len(p.ids) for p in part) for part in (verdicts, pieces))
+    done, total = 0, recipe.first * small + recipe.epochs * large
+    for k in range(-recipe.first, recipe.epochs):
+        rng = stream(recipe.seed, k, "model/rows")
+        context = corpus.CONTEXT if k % 4 == 3 and k > 0 else corpus.CONTEXT // 2
+        part = verdicts if k < 0 else pieces + corpus.prose_pieces(tok, rng, context)
+        rows, size = corpus.pack(part, rng, context=context, pad=tok.pad_token_id), small if k < 0 else large
         for at in range(0, len(rows.ids), recipe.tokens // context):
-            part = corpus.Rows(*(x[at : at + recipe.tokens // context] for x in rows))
-            yield (epoch + at / len(rows.ids)) / recipe.epochs, part
+            step = corpus.Rows(*(x[at : at + recipe.tokens // context] for x in rows))
+            yield (done + size * at / len(rows.ids)) / total, step
+        done += size
 
 # %% ../../nbs/tiny/36_model.ipynb #25444b16
 class Trained(NamedTuple):

@@ -117,10 +117,10 @@ def fill(
         text = text.replace("{" + slot + "}", entry, 1)
     return [(w.replace("*", ""), "*" in w) for w in text.split()]
 
-# %% ../../nbs/tiny/32_news.ipynb #a75b9757
+# %% ../../nbs/tiny/32_news.ipynb #f16c66f4
 def item(rng: np.random.Generator) -> tuple[str, str, list[int], list[int]]:
     "One random news item: text, topic, indices of the topic's words, indices of another topic's words"
-    topic, n = _pick(rng, list(TOPICS)), 1 + int(rng.random() * 6)
+    topic, n = _pick(rng, list(TOPICS)), 2 + int(rng.random() * 7)
     stray = int(n >= 4 and rng.random() < 0.5)
     general = int(rng.random() * (1 + n // 3))
     own = [SENTENCES[topic][i] for i in rng.permutation(10)[: n - stray - general]]
@@ -141,7 +141,7 @@ def item(rng: np.random.Generator) -> tuple[str, str, list[int], list[int]]:
         *([i for i, (_, m) in enumerate(words) if m == side] for side in (1, -1)),
     )
 
-# %% ../../nbs/tiny/32_news.ipynb #946131de
+# %% ../../nbs/tiny/32_news.ipynb #216a941f
 SIZES = {"train": 2000, "validation": 600}
 
 
@@ -151,6 +151,6 @@ def news(split: str, seed: int = 0) -> dict[str, list]:
     rng, rows = stream(seed, split, "news"), {}
     while len(rows) < SIZES[split]:
         text, topic, planted, against = item(rng)
-        if held_out(text) == (split == "validation") and len(text.split()) >= 11:
+        if held_out(text) == (split == "validation") and len(text.split()) >= 14:
             rows.setdefault(text, (text, TOPICS.index(topic), " " + topic, planted, against))
     return dict(zip(("text", "label", "answer", "planted", "against"), map(list, zip(*rows.values()))))

@@ -80,7 +80,7 @@ _VERBS = {  # past form, base form, weight
 EMPHASIS = {"very": 1.5, "really": 1.5, "so": 1.5, "truly": 1.5, "quite": 0.75, "rather": 0.75, "slightly": 0.5}
 NEGATION, CONTRAST = -0.75, 0.4
 
-# %% ../../nbs/tiny/31_reviews.ipynb #a6fc18b8
+# %% ../../nbs/tiny/31_reviews.ipynb #671a0208
 THINGS = {
     "film": "acting plot ending music dialogue story camera-work opening cast script".split(),
     "restaurant": "soup service bread dessert coffee fish salad curry steak menu".split(),
@@ -106,13 +106,13 @@ NEUTRAL = {
 the cinema was half full|they filmed it in one summer|we talked about it on the way home""",
     "restaurant": """we went there on # evening|my % booked the table|we sat near the window|it is next to the station
 I had lunch there with my %|we ordered from the long menu|the place opens at noon|it was our second visit""",
-    "hotel": """we stayed from # to Sunday|my % booked it|our window faced the street|it is close to the harbour
+    "hotel": """we stayed for three nights|my % booked it|our window faced the street|it is close to the harbour
 I was there with my %|we arrived late on #|the lift takes you to the third floor|it was our second stay""",
     "book": """I read it on the train|my % gave it to me|it has three hundred pages|I finished it on # evening
-it is set in a small town|I borrowed it from my %|it came out in spring|the second part takes place at sea""",
+it is set in a small town|my % read it before me|it came out in spring|the second part takes place at sea""",
 }
 NEUTRAL = {kind: text.replace("\n", "|").split("|") for kind, text in NEUTRAL.items()}
-PEOPLE = "sister brother mother father friend neighbour cousin colleague husband wife aunt uncle boss teacher".split()
+PEOPLE = "sister brother mother father friend neighbour cousin colleague niece nephew aunt uncle boss teacher".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
 
 # %% ../../nbs/tiny/31_reviews.ipynb #f024a075
@@ -232,7 +232,7 @@ def _sentences(rng: np.random.Generator, kind: str) -> list[list[Word]]:
         body.insert(at, _clause(rng, _pick(rng, NEUTRAL[kind]), kind, 1, 0))
     return body
 
-# %% ../../nbs/tiny/31_reviews.ipynb #3e0243f6
+# %% ../../nbs/tiny/31_reviews.ipynb #7be36d02
 def _punctuate(sentences: list[list[Word]]) -> list[Word]:
     "One list of words, with capitals, commas and full stops"
     words = []
@@ -254,8 +254,8 @@ def review(rng: np.random.Generator) -> tuple[str, list[Word]]:  # kind of revie
     while True:
         kind = _pick(rng, tuple(DOMAINS))
         words = _punctuate(_sentences(rng, kind))
-        things = [t for w in words if (t := w.text.strip(".,").lower()) in THINGS[kind]]
-        if abs(worth(words)) >= MARGIN and len(words) <= 34 and len(set(things)) == len(things):
+        said = [t for w in words if (t := w.text.strip(".,").lower()) in THINGS[kind] or w.role == "opinion"]
+        if abs(worth(words)) >= MARGIN and len(words) <= 34 and len(set(said)) == len(said):
             return kind, words
 
 # %% ../../nbs/tiny/31_reviews.ipynb #c5e37f9e
