@@ -20,7 +20,7 @@ from .core import need
 from .text import visible
 from .viz import PALETTE, exact, excludes_zero, full_scale, measured
 
-# %% ../nbs/06_views.ipynb #21043c3d
+# %% ../nbs/06_views.ipynb #cb72fa74
 def _tint(share: float) -> tuple[tuple[int, int, int], float]:
     "Colour and opacity of a token whose value is `share` (-1 to 1) of full colour"
     color = PALETTE["blue" if share >= 0 else "vermilion"].lstrip("#")
@@ -28,10 +28,13 @@ def _tint(share: float) -> tuple[tuple[int, int, int], float]:
     return (red, green, blue), round(0.65 * min(abs(share), 1), 2)
 
 
-def _direction(pieces: Sequence[str]) -> str:
+_WAYS = {"L": "ltr", "R": "rtl", "AL": "rtl"}
+
+
+def _direction(pieces: Sequence[str], otherwise: str = "ltr") -> str:
     "The direction of the first letter that has one"
-    strong = (unicodedata.bidirectional(c) for piece in pieces for c in piece)
-    return "rtl" if next((d for d in strong if d in ("L", "R", "AL")), "L") != "L" else "ltr"
+    kinds = (unicodedata.bidirectional(c) for piece in pieces for c in piece)
+    return next((_WAYS[kind] for kind in kinds if kind in _WAYS), otherwise)
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,25 @@ def _tokens(tokens, values, errors, vmax) -> list[_Token]:
         for shown, n, v, e in zip(visible(tokens), numbers, values, errors)
     ]
 
-# %% ../nbs/06_views.ipynb #d01b9dec
-_NOTE = '<span style="display:block"><sup>{n}</sup> <bdi>{token}</bdi> {exact}{star}</span>'
+# %% ../nbs/06_views.ipynb #d02abfa4
+_NOTE = '<span style="display:block"><sup>{n}</sup> {exact}{star} <bdi>{token}</bdi></span>'
 _NOTES = (
     '<span style="display:block;columns:13em;font-size:.8em;line-height:1.5;margin:.6em 0;text-align:start" dir="ltr">'
 )
 _STAR = "* its 95 % interval excludes 0"
 
 
-def _token_html(t: _Token, footnote: bool) -> str:
-    "One token as an element that is isolated from its neighbours"
+def _token_html(t: _Token, footnote: bool, direction: str) -> str:
+    "One token as an element that is isolated from its neighbours; one without letters runs in their `direction`"
+    way = "" if _direction([t.shown], "") else f' dir="{direction}"'
     if not t.number:
-        return f"<bdi>{escape(t.shown)}</bdi>"
+        return f"<bdi{way}>{escape(t.shown)}</bdi>"
     color, opacity = _tint(t.share)
     style = f"background:rgba({color[0]},{color[1]},{color[2]},{opacity:.2f});border-radius:.2em;padding:.1em 0"
     style += ";border-bottom:.12em solid currentColor" if t.sure else ""
     sup = f'<sup style="font-size:.6em;user-select:none">{t.number}</sup>' if footnote else ""
-    return f'<bdi title="{t.exact}" style="{style}">{escape(t.shown)}</bdi>{sup}'
+    body = t.shown.rstrip(" \n")  # a footnote's number stands at the word, not at the next one
+    return f'<bdi{way} title="{t.exact}" style="{style}">{escape(body)}{sup}{t.shown[len(body) :]}</bdi>'
 
 
 def tokens_html(
@@ -87,7 +92,8 @@ def tokens_html(
     if not drawn:
         return ""
     style = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate"
-    row = "".join(_token_html(t, footnotes) for t in drawn)
+    way = _direction(tokens)
+    row = "".join(_token_html(t, footnotes, way) for t in drawn)
     notes = [
         _NOTE.format(n=t.number, token=escape(t.shown.replace("\n", "")), exact=t.exact, star=" *" * t.sure)
         for t in drawn
@@ -95,7 +101,7 @@ def tokens_html(
     ]
     notes += [f'<span style="display:block">{_STAR}</span>'] if footnotes and any(t.sure for t in drawn) else []
     below = f"{_NOTES}{''.join(notes)}</span>" if notes else ""
-    return f'<span dir="{_direction(tokens)}" style="{style}">{row}</span>{below}'
+    return f'<span dir="{way}" style="{style}">{row}</span>{below}'
 
 # %% ../nbs/06_views.ipynb #668793e6
 def color_bits(

@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'DIVERGING', 'measured', 'full_scale', 'exact', 'excludes_zero', 'bars', 'bars_svg', 'curve', 'heatmap',
            'page']
 
-# %% ../nbs/02_viz.ipynb #5947dda9
+# %% ../nbs/02_viz.ipynb #b4477e64
 from collections.abc import Sequence
 from html import escape
 
@@ -16,6 +16,7 @@ import seaborn as sns
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import MaxNLocator
 
 from .core import need
 
@@ -101,7 +102,7 @@ def bars(
     sns.despine(ax=ax, left=True)
     return ax
 
-# %% ../nbs/02_viz.ipynb #ea1e401c
+# %% ../nbs/02_viz.ipynb #aead0d64
 _ROWS = (
     "display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.1em 1em;"
     "max-width:580px;font:14px/1.4 system-ui,sans-serif;align-items:center;margin:.6em 0"
@@ -123,7 +124,7 @@ def _bar(value: float, error: float, top: float) -> str:
         shapes += f'<rect {size} fill="{color}"/>'
         half = 49 * 1.96 * error / top
         shapes += "" if np.isnan(half) or not half else _line(x - half, x + half, 8, 8, ' stroke-width="1.5"')
-    return f'<svg aria-hidden="true" width="100%" height="16" style="display:block;margin:0">{shapes}</svg>'
+    return f'<svg aria-hidden="true" width="100%" height="16" style="display:block;margin:0 0 .25em">{shapes}</svg>'
 
 # %% ../nbs/02_viz.ipynb #2090700c
 def bars_svg(
@@ -165,7 +166,7 @@ def curve(
     sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/02_viz.ipynb #58f83f7f
+# %% ../nbs/02_viz.ipynb #c9cfafed
 _LEAST = 0.14  # inches a labelled row or column needs, at 8 points
 
 
@@ -181,10 +182,10 @@ def _label(ax: Axes, labels: Sequence[str] | None, n: int, which: str) -> None:
     turned = dict(rotation=90) if which == "x" and max(map(len, labels), default=0) * 0.09 * n > room else {}
     small = min(10, 10 * room / n / 0.2)
     (ax.set_yticks if which == "y" else ax.set_xticks)(
-        np.arange(n) + 0.5, labels, parse_math=False, fontsize=small, **turned
+        np.arange(n), labels, parse_math=False, fontsize=small, **turned
     )
 
-# %% ../nbs/02_viz.ipynb #efb4b113
+# %% ../nbs/02_viz.ipynb #aeb60c34
 def heatmap(
     matrix: Float[np.ndarray, "row col"],  # numbers, with a sign unless `center` is None; nan: grey
     rows: Sequence[str] | None = None,  # labels from top to bottom; all are shown
@@ -197,17 +198,22 @@ def heatmap(
     "A matrix as colours, diverging around `center`; `InputError` where the labels have no room"
     matrix = np.asarray(matrix, dtype=float)
     n, m = matrix.shape
-    size = (1.8 + min(max(0.45 * m, 1), 30), 1.0 + min(max(0.35 * n, 0.2), 30))
+    wide, high = (min(0.08 * max(map(len, names or [""]), default=0), 4) for names in (rows, cols))
+    size = (1.4 + wide + min(max(0.45 * m, 1), 30), 0.7 + high + min(max(0.35 * n, 0.5), 30))
     ax = ax or plt.subplots(figsize=size, dpi=90, layout="constrained")[1]
     reach = full_scale(matrix[~np.isnan(matrix)] - (center or 0.0))
     scale = dict(cmap="Blues") if center is None else dict(cmap=DIVERGING, vmin=center - reach, vmax=center + reach)
     ax.set_facecolor("#999999")
     lines = dict(edgecolors="white", linewidth=0.5) if max(n, m) <= 40 else {}
-    mesh = ax.pcolormesh(np.ma.masked_invalid(matrix), **scale, **lines)
+    edges = (np.arange(k + 1) - 0.5 for k in (m, n))  # so that row 3 is at 3
+    mesh = ax.pcolormesh(*edges, np.ma.masked_invalid(matrix), **scale, **lines)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     ax.invert_yaxis()
     ax.figure.colorbar(mesh, ax=ax, label=label).outline.set_visible(False)
-    ax.figure.canvas.draw()  # the room for labels is known only after layout
-    _label(ax, rows, n, "y"), _label(ax, cols, m, "x")
+    for which, names in (("x", cols), ("y", rows)):
+        ax.figure.canvas.draw()  # the room for labels is known only after layout
+        _label(ax, names, matrix.shape["yx".index(which)], which)
     ax.tick_params(length=0)
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
