@@ -36,7 +36,7 @@ def _sign(c: str) -> str:
     hidden = c != " " and (kind[0] in "CZ" or c in _TAKEN or c in _UNSEEN or varies)
     return f"⟨U+{ord(c):04X}⟩" if hidden else c
 
-# %% ../nbs/04_text.ipynb #37f4e29d
+# %% ../nbs/04_text.ipynb #bfa0cc9d
 def _piece(piece: str) -> str:
     "One piece with every character to be seen, spaces aside"
     shown = []
@@ -49,7 +49,7 @@ def _piece(piece: str) -> str:
         shown.append("◌" + sign if alone and sign == c and unicodedata.category(c)[0] == "M" else sign)
     return "".join(shown)
 
-
+# %% ../nbs/04_text.ipynb #d6bee05c
 _LOST = re.compile(r"(?:(?<=\s)|\A) | (?=\s|\Z)")  # spaces that the eye would miss
 
 
