@@ -138,6 +138,13 @@ def test_split_characters_are_shown_as_bytes():
     assert visible(TOKENIZERS["byte level"].pieces("€")) == ["⟨E2 82⟩", "⟨AC⟩"]
     assert visible(TOKENIZERS["llama"].pieces("€")) == ["◌", "⟨E2⟩", "⟨82⟩", "⟨AC⟩"]
     assert visible(["\udce2\udc82\udcac"]) == ["⟨E2 82 AC⟩"] and joined(["\udce2\udc82", "\udcac"]) == "€"
+    assert joined(["a\udce2", "b\udc82"]) == "a\udce2b\udc82"  # what makes no character stays as it came
+
+
+def test_invisible_letters_and_marks_have_codes():
+    "They are no controls, and yet without ink: variation selectors, fillers, the joiner of graphemes, tags"
+    for c in "\ufe0f\u034f\u3164\u115f\u2800\u180b\u00ad\ufeff\U000e0101\U000e0041":
+        assert visible([f"a{c}b"]) == [f"a⟨U+{ord(c):04X}⟩b"]
 
 
 def test_unigram_and_words():
@@ -205,10 +212,13 @@ def test_all_media_say_the_same(rows, footnotes):
     for bits in (0, 8, 24):
         row = tokens_ansi(tokens, values, errors, bits=bits, footnotes=False)
         assert SGR.sub("", row) == text and (bits or "\x1b" not in row)
-        both = SGR.sub("", tokens_ansi(tokens, values, errors, bits=bits))[len(text) :]
-        listed = re.findall(r"(?m)^ *(\d+) (no value|\S+ ± \S+) +(\*)? ", both)
-        assert [(exact, bool(star)) for _, exact, star in listed] == said
-        assert not {c for c in SGR.sub("", both) if unicodedata.category(c)[0] == "C"} - {"\n", "\u200d"}
+        listed = SGR.sub("", tokens_ansi(tokens, values, errors, bits=bits))[len(text) + 1 :].split("\n")
+        wide = max((len(exact) for exact, _ in said), default=0)
+        rows_of = [
+            (line[5 : 5 + wide].rstrip(), line[6 + wide] == "*", line[8 + wide :]) for line in listed[: len(said)]
+        ]
+        assert [r[:2] for r in rows_of] == said and [r[2] for r in rows_of] == [html.unescape(t) for *_, t in notes]
+        assert not {c for c in "".join(listed) if unicodedata.category(c)[0] == "C"} - {"\u200d"}
 
 
 def test_the_same_scale_in_colour():
@@ -239,7 +249,7 @@ def test_differences_keep_both_texts(pair):
 def test_counts_of_a_difference():
     diff = text_diff("a b c", "a c d e")
     assert diff.counts == {"equal": 2, "deleted": 1, "inserted": 2}
-    assert text_diff(["x"] * 300, ["x"] * 300).counts["equal"] == 300  # no junk heuristics for frequent words
+    assert text_diff(["x"] * 300, ["y"] + ["x"] * 300).counts["equal"] == 300  # frequent words are no junk
 
 
 HOSTILE = [
@@ -307,8 +317,12 @@ def test_neighbours_keep_their_places(tmp_path):
     path.write_text(page("ways", "".join(f"<p>{tokens_html(t, range(1, 1 + len(t)))}</p>" for t in (hebrew, mixed))))
     with chromium(tmp_path / "profile") as browser:
         browser.get(path.as_uri())
-        lefts = browser.execute_script(
-            "return [...document.querySelectorAll('p')].map(p => [...p.querySelectorAll('bdi')]"
-            ".map(e => e.getBoundingClientRect().left))"
+        found = browser.execute_script(
+            "return [...document.querySelectorAll('p')].map(p => [...p.querySelectorAll('[title]')]"
+            ".map(e => [e.getBoundingClientRect().left, getComputedStyle(e).direction]))"
         )
+    lefts = [[left for left, _ in line] for line in found]
+    assert [len(line) for line in lefts] == [len(hebrew), len(mixed)]
     assert lefts[0] == sorted(lefts[0], reverse=True) and lefts[1] == sorted(lefts[1])
+    assert [way for _, way in found[0]] == ["rtl", "rtl", "ltr", "rtl"]  # brackets without letters go with the text
+    assert [way for _, way in found[1]] == ["ltr", "rtl", "ltr", "ltr", "rtl", "ltr"]
