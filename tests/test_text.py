@@ -32,7 +32,7 @@ pieces_of = st.lists(anything, max_size=6)
 @given(pieces_of)
 @example(["⟨U+202E⟩", "⟨E2 82⟩", "⏎\n"])
 @example([" ", "", " "])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_is_shown_can_be_read_back(pieces):
     shown = visible(pieces)
     assert len(shown) == len(pieces) and original("".join(shown)) == "".join(pieces)
@@ -41,7 +41,7 @@ def test_what_is_shown_can_be_read_back(pieces):
 
 
 @given(pieces_of)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_nothing_acts(pieces):
     "No control, format or private character, no surrogate, no space but U+0020; a break only behind its sign"
     text = "".join(visible(pieces))
@@ -232,7 +232,7 @@ def test_the_same_scale_in_colour():
 
 
 @given(st.one_of(st.tuples(anything, anything), st.tuples(pieces_of, pieces_of)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_differences_keep_both_texts(pair):
     diff = text_diff(*pair)
     assert [diff.side("deleted"), diff.side("inserted")] == ["".join(x) for x in pair]
