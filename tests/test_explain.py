@@ -363,7 +363,7 @@ def test_labels_that_melt_into_the_prompt_are_refused(lm):
 
 def test_no_players_and_one(lm):
     none = explain_text(lm, " ", prompt=PROMPT, labels=LABELS)
-    assert none.players == () and none.base == none.full and "<svg" in none._repr_html_()
+    assert none.players == () and none.base == none.full and "<svg" not in none._repr_html_()
     one = explain_text(lm, "good", prompt=PROMPT, labels=LABELS)
     assert one.values[0] == one.full - one.base and repr(one).count("\n") == 2
     assert explain_text(lm, "good", labels=LABELS).players == ("good",)  # nothing pinned: the begin mark

@@ -12,9 +12,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 STUDIES = {"explain", "logits", "ensemble", "features", "parscale", "leaderboard"}
-FLOOR = {"core": 0, "viz": 0, "jobs": 1, "lm": 1, "tiny": 2, "files": 2, "data": 2, **dict.fromkeys(STUDIES, 3)}
+FLOOR = {
+    "core": 0,
+    "viz": 0,
+    "text": 0,
+    "views": 0,
+    "jobs": 1,
+    "lm": 1,
+    "tiny": 2,
+    "files": 2,
+    "data": 2,
+    **dict.fromkeys(STUDIES, 3),
+}
 FLOOR |= {"grammar": 4, "cli": 4}
-BESIDE = {"data": {"files", "tiny"}, "cli": {"grammar"}}  # neighbours on one floor that may be imported
+BESIDE = {  # neighbours on one floor that may be imported
+    "viz": {"core"},
+    "text": {"core"},
+    "views": {"core", "viz", "text"},
+    "data": {"files", "tiny"},
+    "cli": {"grammar"},
+}
 EXPORTED = re.compile(r"^\s*#\s*\|\s*exports?\b", re.M)
 
 

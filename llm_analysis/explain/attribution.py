@@ -6,7 +6,7 @@
 __all__ = ['Value', 'Game', 'Attribution', 'signed', 'named', 'coloured', 'whiskers', 'frame', 'plot', 'attribute',
            'check_length', 'explain_text']
 
-# %% ../../nbs/explain/44_attribution.ipynb #603e438f
+# %% ../../nbs/explain/44_attribution.ipynb #4d361dc8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,7 +22,9 @@ from .players import Players, delete, find_players
 from .shapley import Sampler, choose_sampler, shapley
 from .values import AnswerLogprob, Evaluator, LabelMargin, Packed, Question
 from ..lm.model import LM
-from ..viz import bars, bars_svg, tokens_html
+from ..text import visible_line
+from ..views import tokens_html
+from ..viz import bars, bars_svg
 
 # %% ../../nbs/explain/44_attribution.ipynb #00d55721
 @runtime_checkable
@@ -111,7 +113,7 @@ class Attribution:
     def _repr_html_(self) -> str:
         return _html(self)
 
-# %% ../../nbs/explain/44_attribution.ipynb #8b575246
+# %% ../../nbs/explain/44_attribution.ipynb #a68029e7
 def signed(
     value: float,  # nats
     error: float | None = None,  # standard error, None for an exact value
@@ -125,11 +127,13 @@ def named(
     k: int,  # players named at the most
 ) -> str:  # such as "dull +1.20 ± 0.10, not -0.80 ± 0.12"
     "The largest contributions in one line"
-    return ", ".join(f"{player} {signed(value, None if a.exact else error)}" for player, value, error in a.top(k))
+    return ", ".join(
+        f"{visible_line(player)} {signed(value, None if a.exact else error)}" for player, value, error in a.top(k)
+    )
 
 
 def _headline(a: Attribution) -> str:
-    return f"{a.answer}: {signed(a.base)} without the text, {signed(a.full)} with it ({a.unit})"
+    return f"{visible_line(a.answer)}: {signed(a.base)} without the text, {signed(a.full)} with it ({a.unit})"
 
 
 def _effort(a: Attribution) -> str:
@@ -137,23 +141,28 @@ def _effort(a: Attribution) -> str:
 
 
 def _plain(a: Attribution, rows: int = 12) -> str:
-    shown = [f"  {signed(a.values[i], None if a.exact else a.errors[i]):14} {a.players[i]}" for i in a.ranking[:rows]]
+    shown = [
+        f"  {signed(a.values[i], None if a.exact else a.errors[i]):14} {visible_line(a.players[i])}"
+        for i in a.ranking[:rows]
+    ]
     rest = [f"  … and {len(a.players) - rows} more"] if len(a.players) > rows else []
     return "\n".join([_headline(a), *shown, *rest, f"  [{_effort(a)}]"])
 
-# %% ../../nbs/explain/44_attribution.ipynb #5a6d4393
+# %% ../../nbs/explain/44_attribution.ipynb #f017caee
 def coloured(
     a: Attribution,
     *,
     vmax: float | None = None,  # value of full colour; None: the largest here
+    footnotes: bool = False,  # whether the values stand below too, for readers who cannot hover
 ) -> str:  # inline HTML
     "The text on a background of its values"
-    top = vmax or float(np.abs(a.values).max(initial=0)) or 1.0
-    shown, end = "", 0
-    for i, (start, stop) in enumerate(a.spans):
-        own = tokens_html([a.text[start:stop]], a.values[[i]], None if a.exact else a.errors[[i]], vmax=top)
-        shown, end = shown + escape(a.text[end:start]) + own, stop
-    return shown
+    pieces, end, unknown = [], 0, np.nan
+    for (start, stop), value, error in zip(a.spans, a.values, a.errors):
+        pieces += [(a.text[end:start], unknown, unknown), (a.text[start:stop], value, unknown if a.exact else error)]
+        end = stop
+    pieces = [p for p in [*pieces, (a.text[end:], unknown, unknown)] if p[0]]
+    texts, values, errors = zip(*pieces) if pieces else ((), (), ())
+    return tokens_html(texts, values, errors, vmax=vmax, footnotes=footnotes)
 
 
 def whiskers(
@@ -161,10 +170,10 @@ def whiskers(
     most: int = 16,  # players shown at the most: those of largest absolute value
     *,
     vmax: float | None = None,  # value at the edge of the picture; None: the largest here, whisker included
-) -> str:  # SVG
+) -> str:  # inline HTML
     "The largest values as bars with their 95 % intervals, in reading order"
     shown = sorted(a.ranking[:most])
-    names = [a.players[i] if len(a.players[i]) <= 18 else a.players[i][:17] + "…" for i in shown]
+    names = [visible_line(a.players[i] if len(a.players[i]) <= 18 else a.players[i][:17] + "…") for i in shown]
     return bars_svg(names, a.values[shown], None if a.exact else a.errors[shown], vmax=vmax)
 
 
