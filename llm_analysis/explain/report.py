@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALUES', 'SAMPLES', 'SHOWN', 'tables', 'versions', 'article', 'report', 'write']
 
-# %% ../../nbs/explain/46_report.ipynb #e1942ecc
+# %% ../../nbs/explain/46_report.ipynb #c9a39b38
 import json
 import platform
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from .attribution import coloured, named, signed, whiskers
 from .summary import Sample
+from ..text import visible_line
 from ..viz import page
 
 # %% ../../nbs/explain/46_report.ipynb #dbe7f581
@@ -76,7 +77,7 @@ def versions() -> dict[str, str]:
     names = ("llm-analysis-lab", "torch", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
-# %% ../../nbs/explain/46_report.ipynb #5c03831f
+# %% ../../nbs/explain/46_report.ipynb #42e83329
 def article(
     s: Sample,
     *,
@@ -86,15 +87,19 @@ def article(
 ) -> str:  # HTML
     "One sample as a part of the page"
     a = s.attribution
-    truth = "" if s.label is None or s.right is None else f", {'right' if s.right else f'not {s.label.strip()}'}"
-    known = [a.players[i] for i in range(len(a.players)) if s.planted and s.planted[i]]
+    truth = (
+        ""
+        if s.label is None or s.right is None
+        else f", {'right' if s.right else f'not {visible_line(s.label.strip())}'}"
+    )
+    known = [visible_line(a.players[i]) for i in range(len(a.players)) if s.planted and s.planted[i]]
     lines = [f"largest: {named(a, top_k)}" if a.players else "no players"]
     lines += [f"planted: {', '.join(known)}"] if known else []
     lines += [
         f"{signed(a.base)} without the text, {signed(a.full)} with it; {a.method}, {a.evaluations:,} evaluations"
     ]
     small = "<br>".join(map(escape, lines))
-    head = f"<h2>{s.row}. {escape(a.answer or '(nothing)')}{escape(truth)}</h2>"
+    head = f"<h2>{s.row}. {escape(visible_line(a.answer) or '(nothing)')}{escape(truth)}</h2>"
     return f'<article>{head}<p>{coloured(a, vmax=vmax)}</p><p class="quiet">{small}</p>{whiskers(a, vmax=reach)}</article>'
 
 # %% ../../nbs/explain/46_report.ipynb #9f57653b
