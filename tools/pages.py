@@ -186,7 +186,8 @@ def entry(node: Entry, page: Page, said: dict[int, str], offset: int, owner: str
     line = page.symbols[node.name] if not owner else node.lineno + offset
     rows = fields(node, said) if isinstance(node, ast.ClassDef) else parameters(node, said)
     source = f"[source]({BLOB}/{page.file}#L{line}){{ .source title=\"{page.file}, line {line}\" }}"
-    heading = f"{'####' if owner else '###'} `{name}` {source} {{ #{name} .symbol data-toc-label="{name}" }}\n"
+    level = "####" if owner else "###"
+    heading = f"{level} `{name}` {source} {{ #{name} .symbol data-toc-label='{name}' }}\n"
     decorated = {ast.unparse(d) for d in node.decorator_list}
     call = f"{name}: {ast.unparse(node.returns)}" if "property" in decorated and node.returns else signature(node)
     parts = [heading, f"``` {{ .python .signature }}\n{call}\n```\n", docstring(node)]
@@ -299,7 +300,7 @@ class Links:
         "A link to a notebook becomes one to its page"
         path = (NBS / page.notebook).parent / match.group(1)
         other = self.pages.get(str(path.resolve().relative_to(NBS))) if path.resolve().is_relative_to(NBS) else None
-        return f"]({relative(other.target, page)}{match.group(2)})" if other else match.group(0)
+        return f"]({relative(other.target, page)}{match.group(2) or ''})" if other else match.group(0)
 
     def apply(self, markdown: str, page: Page) -> str:
         "Put links into prose; code, headings and what is a link already are left alone"
