@@ -48,7 +48,7 @@ def navigation(contents: list, pages: dict[str, Page]) -> list:
 def palette() -> list[dict]:
     "Light and dark: as the system has it, or as the reader chose"
     kinds = [("", "auto", "light"), (": light", "light", "dark"), (": dark", "dark", "system preference")]
-    colours = dict(primary="indigo", accent="indigo")
+    colours = dict(primary="custom", accent="custom")  # see site.css
     icons = ["material/brightness-auto", "material/brightness-7", "material/brightness-4"]
     return [
         dict(
@@ -68,7 +68,6 @@ def configuration(source: Path, target: Path, pages: list[Page], sidebar: list) 
     return dict(
         site_name=website["title"],
         site_description=website["description"],
-        site_url=website["site-url"],
         docs_dir=str(source),
         site_dir=str(target),
         use_directory_urls=False,
@@ -129,6 +128,18 @@ def build(target: Path, work: Path) -> None:
     path = work / "mkdocs.yml"
     path.write_text(yaml.safe_dump(configuration(source, target, pages, sidebar), sort_keys=False), encoding="utf-8")
     make(load_config(str(path)))
+    for name in ("404.html", "sitemap.xml", "sitemap.xml.gz"):  # for servers; their links lead nowhere from disk
+        (target / name).unlink(missing_ok=True)
+
+
+def quarto(target: Path) -> None:
+    "The notebooks as nbdev prepares them, rendered by Quarto (`nbdev_docs` would also rewrite README.md)"
+    from nbdev.serve import proc_nbs
+
+    made = Path(proc_nbs())
+    subprocess.run(["quarto", "render", "--no-cache"], cwd=made, check=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.move(made / read(ROOT / "_quarto.yml")["project"]["output-dir"], target)
 
 
 def main() -> None:
@@ -139,7 +150,7 @@ def main() -> None:
     args = own.parse_args()
     start = time.monotonic()
     if shutil.which("quarto") and not args.no_quarto:
-        subprocess.run(["nbdev_docs"], cwd=ROOT, check=True)
+        quarto(args.output.resolve())
     else:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
         os.environ["NO_MKDOCS_2_WARNING"] = "true"  # the theme's advertisement of its successor

@@ -35,6 +35,7 @@ class Page:
     cells: list[dict]
     module: str | None = None  # what it exports to, without the package's name
     symbols: dict[str, int] = field(default_factory=dict)  # public names and their lines in the module
+    imports: dict[str, str] = field(default_factory=dict)  # names of this package that its code imports, with module
 
     @property
     def target(self) -> str:
@@ -75,9 +76,18 @@ def public(tree: ast.Module) -> list[Entry]:
     return [n for n in tree.body if isinstance(n, Entry) and not n.name.startswith("_")]
 
 
+def imported(source: str) -> dict[str, str]:
+    "What a cell imports from this package: name → module.name"
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module]
+    own = [n for n in nodes if n.module.startswith(PACKAGE)]
+    return {a.asname or a.name: f"{n.module}.{a.name}" for n in own for a in n.names}
+
+
 def read_page(notebook: str) -> Page:
     "A notebook, and where its module has each public symbol"
     page = Page(notebook, json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"])
+    for cell in page.cells:
+        page.imports |= imported(code(cell)) if cell["cell_type"] == "code" else {}
     named = [m["default_exp"] for c in page.cells if (m := marks(c)) and "default_exp" in m]
     if named and any(map(exports, page.cells)):
         page.module = named[0]
@@ -93,6 +103,11 @@ def comments(source: str) -> dict[int, str]:
     "The comment on each line"
     found = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in found if t.type == tokenize.COMMENT}
+
+
+def annotation(node: ast.expr | None) -> str:
+    "A type as it is written, without the quotes around a name that comes later"
+    return "" if node is None else node.value if isinstance(node, ast.Constant) and node.value else ast.unparse(node)
 
 
 @dataclass
@@ -112,15 +127,15 @@ def parameters(node: ast.FunctionDef, said: dict[int, str]) -> list[Row]:
     for p, default in zip(plain + a.kwonlyargs, defaults, strict=True):
         last = default or p
         alone = last.end_lineno != node.lineno
-        kind = ast.unparse(p.annotation) if p.annotation else ""
+        kind = annotation(p.annotation)
         shown = ast.unparse(default) if default is not None else ""
         rows.append(Row(p.arg, kind, shown, said.get(last.end_lineno, "") if alone else ""))
     for star, p in (("*", a.vararg), ("**", a.kwarg)):
         if p:
-            rows.append(Row(star + p.arg, ast.unparse(p.annotation) if p.annotation else "", "", said.get(p.lineno, "")))
+            rows.append(Row(star + p.arg, annotation(p.annotation), "", said.get(p.lineno, "")))
     rows = [r for r in rows if r.name not in ("self", "cls")]
     if node.returns is not None and ast.unparse(node.returns) != "None":
-        rows.append(Row("", ast.unparse(node.returns), "", said.get(node.returns.end_lineno, "")))
+        rows.append(Row("", annotation(node.returns), "", said.get(node.returns.end_lineno, "")))
     return rows
 
 
@@ -129,9 +144,21 @@ def fields(node: ast.ClassDef, said: dict[int, str]) -> list[Row]:
     own = [n for n in node.body if isinstance(n, ast.AnnAssign) and not ast.unparse(n.target).startswith("_")]
     if own:
         value = lambda n: ast.unparse(n.value) if n.value else ""
-        return [Row(ast.unparse(n.target), ast.unparse(n.annotation), value(n), said.get(n.end_lineno, "")) for n in own]
+        return [
+            Row(ast.unparse(n.target), annotation(n.annotation), value(n), said.get(n.end_lineno, "")) for n in own
+        ]
     start = [n for n in node.body if isinstance(n, FUNCTION) and n.name == "__init__"]
     return [r for r in parameters(start[0], said) if r.name] if start else []
+
+
+def verbatim(source: str) -> str:
+    "Code that is never made a link"
+    return f"<code>{html.escape(source).replace('|', '&#124;')}</code>" if source else ""
+
+
+def unlinked(words: str, names: set[str]) -> str:
+    "Prose in which `names`, the parameters that it speaks of, lead nowhere"
+    return re.sub(r"`(\w+)`", lambda m: verbatim(m.group(1)) if m.group(1) in names else m.group(0), words)
 
 
 def cell_text(words: str) -> str:
@@ -144,14 +171,17 @@ def table(rows: list[Row]) -> str:
     if not rows:
         return ""
     tick = lambda s: f"`{s}`" if s else ""
+    own = {r.name for r in rows}
     heads = {"name": "", "kind": "type", "default": "default", "meaning": "meaning"}
     heads = {k: v for k, v in heads.items() if any(getattr(r, k) for r in rows) or k == "name"}
     out = ["| " + " | ".join(heads.values()) + " |", "|" + " --- |" * len(heads)]
     for r in rows:
-        name = tick(r.name) or "*returns*"
-        values = {"name": name, "kind": tick(r.kind), "default": tick(r.default), "meaning": cell_text(r.meaning)}
+        name = verbatim(r.name) if r.name else "*returns*"
+        meaning = cell_text(unlinked(r.meaning, own))
+        values = {"name": name, "kind": tick(r.kind), "default": verbatim(r.default), "meaning": meaning}
         out.append("| " + " | ".join(values[k] for k in heads) + " |")
-    return "\n".join(out) + "\n{ .parameters }\n"
+    inside = "\n".join(out)
+    return f'<section class="parameters" markdown>\n\n{inside}\n\n</section>\n'
 
 
 def signature(node: Entry) -> str:
@@ -163,11 +193,13 @@ def signature(node: Entry) -> str:
     for p in [*bare.posonlyargs, *bare.args, *bare.kwonlyargs, *filter(None, [bare.vararg, bare.kwarg])]:
         p.annotation = None
     words = [w for w in re.split(r", (?=[\w*/]+(?:=|,|$))", ast.unparse(bare)) if w not in ("self", "cls")]
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    returns = f" -> {annotation(node.returns)}" if node.returns else ""
     line = f"{node.name}({', '.join(words)}){returns}"
     if len(line) <= 88:
         return line
-    inner = textwrap.fill(", ".join(words), 84, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+    inner = textwrap.fill(
+        ", ".join(words), 84, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+    )
     return f"{node.name}(\n{inner}\n){returns}"
 
 
@@ -185,12 +217,12 @@ def entry(node: Entry, page: Page, said: dict[int, str], offset: int, owner: str
     name = f"{owner}.{node.name}" if owner else node.name
     line = page.symbols[node.name] if not owner else node.lineno + offset
     rows = fields(node, said) if isinstance(node, ast.ClassDef) else parameters(node, said)
-    source = f"[source]({BLOB}/{page.file}#L{line}){{ .source title=\"{page.file}, line {line}\" }}"
-    level = "####" if owner else "###"
-    heading = f"{level} `{name}` {source} {{ #{name} .symbol data-toc-label='{name}' }}\n"
+    heading = f"{'####' if owner else '###'} `{name}` {{ #{name} .symbol }}\n"
+    source = f'<a class="source" href="{BLOB}/{page.file}#L{line}" title="{page.file}, line {line}">source</a>\n'
     decorated = {ast.unparse(d) for d in node.decorator_list}
-    call = f"{name}: {ast.unparse(node.returns)}" if "property" in decorated and node.returns else signature(node)
-    parts = [heading, f"``` {{ .python .signature }}\n{call}\n```\n", docstring(node)]
+    call = f"{name}: {annotation(node.returns)}" if "property" in decorated and node.returns else signature(node)
+    said_of = unlinked(docstring(node), {r.name for r in rows})
+    parts = [heading, source, f"``` {{ .python .signature }}\n{call}\n```\n", said_of]
     if "property" not in decorated:
         parts.append(table(rows))
     if isinstance(node, ast.ClassDef):
@@ -240,7 +272,7 @@ def output(out: dict, name: str, alt: str, pictures: dict[str, bytes]) -> str:
 def index(page: Page) -> str:
     "The public names of a module, each a link to its entry"
     links = " · ".join(f"[`{n}`](#{n})" for n in page.symbols)
-    return f"\n<p markdown class=\"names\">`{PACKAGE}.{page.module}`: {links}</p>\n" if links else ""
+    return f'\n<p markdown class="names">`{PACKAGE}.{page.module}`: {links}</p>\n' if links else ""
 
 
 def body(page: Page, pictures: dict[str, bytes]) -> str:
@@ -290,8 +322,9 @@ class Links:
         "The link behind a name, or None where it means nothing or more than one thing"
         if name in page.symbols:
             return f"#{name}"
-        places = self.places.get(name, set())
-        if len(places) != 1:
+        places = self.places.get(page.imports.get(name, name), set())
+        word = name.islower() and name.isalpha() and name not in page.imports  # may well mean something else here
+        if len(places) != 1 or word:
             return None
         ((target, anchor),) = places
         return None if target == page.target else relative(target, page) + anchor
