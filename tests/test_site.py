@@ -183,103 +183,112 @@ def soon(browser, script: str, *args, seconds: float = 10):
     return value
 
 
-def phone(browser) -> None:
-    size = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+@pytest.fixture(scope="module")
+def browser(site, tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
-def test_every_page_on_a_phone(site, tmp_path):
+def opened(browser, site: Path, page: str, anchor: str = "") -> None:
+    "A page, loaded"
+    browser.get((site / page).as_uri() + anchor)
+    soon(browser, "return document.readyState == 'complete'")
+
+
+def test_every_page_on_a_phone(site, browser):
     "Figures load, nothing is wider than the screen, nothing is asked of the network, no script complains"
     figures = formulas = 0
-    with chromium(tmp_path, width=500, height=844) as browser:
-        phone(browser)
-        for page in sorted(site.rglob("*.html")):
-            browser.get(page.as_uri())
-            eager = "document.querySelectorAll('img').forEach(i => i.loading = 'eager'); return true"
-            soon(browser, eager)
-            soon(browser, "return [...document.images].every(i => i.complete)")
-            wide, bad, images, math = browser.execute_script(OVERFLOW)
-            assert wide <= 0, f"{page.name} is {wide} px too wide"
-            assert not bad, f"{page.name}: {bad}"
-            figures, formulas = figures + images, formulas + math
-            quiet(browser)
+    size = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for page in sorted(site.rglob("*.html")):
+        opened(browser, site, page.relative_to(site))
+        soon(browser, "document.querySelectorAll('img').forEach(i => i.loading = 'eager'); return true")
+        soon(browser, "return [...document.images].every(i => i.complete)")
+        wide, bad, images, math = browser.execute_script(OVERFLOW)
+        assert wide <= 0, f"{page.name} is {wide} px too wide"
+        assert not bad, f"{page.name}: {bad}"
+        figures, formulas = figures + images, formulas + math
+        quiet(browser)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert figures > 20 and formulas > 20
 
 
-def test_search_opens_a_symbol(site, tmp_path):
-    with chromium(tmp_path) as browser:
-        browser.get((site / HOWTO).as_uri())
-        field = browser.find_element("css selector", "input.md-search__input")
-        soon(browser, "return document.readyState == 'complete'")
-        field.click()
-        field.send_keys("explain_text")
-        link = soon(browser, "return document.querySelector('.md-search-result__link[href*=\"#explain_text\"]')")
-        assert "explain_text" in link.text
-        browser.execute_script("arguments[0].click()", link)
-        soon(browser, "return location.hash == '#explain_text' && location.pathname.endsWith('attribution.html')")
-        assert soon(browser, "return document.getElementById('explain_text').textContent").startswith("explain_text")
-        quiet(browser)
+def test_search_opens_a_symbol(site, browser):
+    opened(browser, site, HOWTO)
+    field = browser.find_element("css selector", "input.md-search__input")
+    field.click()
+    field.send_keys("explain_text")
+    link = soon(browser, "return document.querySelector('.md-search-result__link[href*=\"#explain_text\"]')")
+    assert "explain_text" in link.text
+    browser.execute_script("arguments[0].click()", link)
+    soon(browser, "return location.hash == '#explain_text' && location.pathname.endsWith('attribution.html')")
+    assert soon(browser, "return document.getElementById('explain_text').textContent").startswith("explain_text")
+    quiet(browser)
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_readable(site, tmp_path, dark):
-    "Contrast of every visible text; figures keep a light ground"
-    with chromium(tmp_path, dark=dark) as browser:
-        for page in (
-            FRONT,
-            REFERENCE,
-            HOWTO,
-            "viz.html",
-            "explain/players.html",
-            "explain/shapley.html",
-            "coming-from/tokenshap.html",
-        ):
-            browser.get((site / page).as_uri())
-            scheme = soon(browser, "return document.body.getAttribute('data-md-color-scheme')")
-            assert scheme == ("slate" if dark else "default")
-            seen, bad = browser.execute_script(CONTRAST, 3.0)
-            assert seen > 30 and not bad, f"{page}: {bad}"
+READABLE = (
+    FRONT,
+    REFERENCE,
+    HOWTO,
+    "viz.html",
+    "explain/players.html",
+    "explain/shapley.html",
+    "coming-from/tokenshap.html",
+)
 
 
-def test_the_toggle_turns_dark_on(site, tmp_path):
-    "From the system's preference to light to dark"
-    with chromium(tmp_path) as browser:
-        browser.get((site / FRONT).as_uri())
-        for wanted in ("default", "slate"):
-            browser.execute_script(
-                "[...document.querySelectorAll('label.md-header__button[for^=__palette]')].find(l => !l.hidden).click()"
-            )
-            soon(browser, "return document.body.getAttribute('data-md-color-scheme') == arguments[0]", wanted)
+def unreadable(browser, site: Path, scheme: str) -> list[str]:
+    "Visible text of too little contrast with what is behind it"
+    found = []
+    for page in READABLE:
+        opened(browser, site, page)
+        soon(browser, "return document.body.getAttribute('data-md-color-scheme') == arguments[0]", scheme)
+        seen, bad = browser.execute_script(CONTRAST, 3.0)
+        assert seen > 30
+        found += [f"{page}: {b}" for b in bad]
+    return found
 
 
-def test_two_clicks_to_your_own_csv(site, tmp_path):
-    with chromium(tmp_path) as browser:
-        browser.get((site / FRONT).as_uri())
-        link = soon(browser, "return document.querySelector('article a[href=\"how-to/explain_your_own_csv.html\"]')")
-        link.click()
-        soon(
-            browser,
-            "return document.querySelector('h1') && document.querySelector('h1').textContent.startsWith('Explain your own CSV')",
-        )
-        assert "llm-analysis explain run my_reviews.csv" in browser.find_element("css selector", "article").text
+def test_readable_in_the_light(site, browser):
+    assert unreadable(browser, site, "default") == []
 
 
-def test_formulas_are_drawn(site, tmp_path):
-    "A fraction is taller than a letter, and a sum's limits stand above and below it"
-    with chromium(tmp_path) as browser:
-        browser.get((site / "explain/shapley.html").as_uri())
-        height = "return document.querySelector(arguments[0]).getBoundingClientRect().height"
-        assert browser.execute_script(height, "mfrac") > 1.5 * browser.execute_script(height, "mfrac mi")
+def test_readable_in_the_dark(site, tmp_path):
+    "As a system that prefers dark would show it"
+    with chromium(tmp_path, dark=True) as driver:
+        assert unreadable(driver, site, "slate") == []
 
 
-def test_screenshots(site, tmp_path):
+def test_two_clicks_to_your_own_csv(site, browser):
+    opened(browser, site, FRONT)
+    browser.find_element("css selector", "article a[href='how-to/explain_your_own_csv.html']").click()
+    soon(browser, "return location.pathname.endsWith('explain_your_own_csv.html')")
+    assert "llm-analysis explain run my_reviews.csv" in browser.find_element("css selector", "article").text
+
+
+def test_formulas_are_drawn(site, browser):
+    "A fraction is taller than the letter in it"
+    opened(browser, site, "explain/shapley.html")
+    height = "return document.querySelector(arguments[0]).getBoundingClientRect().height"
+    assert browser.execute_script(height, "mfrac") > 1.5 * browser.execute_script(height, "mfrac mi")
+
+
+def test_screenshots(site, browser):
     "Kept for a person to look at"
     KEPT.mkdir(parents=True, exist_ok=True)
-    with chromium(tmp_path, width=1300, height=1200) as browser:
-        for name, page in (("front", FRONT), ("reference", REFERENCE + "#explain_text")):
-            path = page.split("#")
-            browser.get((site / path[0]).as_uri() + ("#" + path[1] if path[1:] else ""))
-            soon(browser, "return document.readyState == 'complete'")
-            assert browser.save_screenshot(str(KEPT / f"{name}.png"))
-            assert (KEPT / f"{name}.png").stat().st_size > 20_000
-            print(KEPT / f"{name}.png")
+    for name, page, anchor in (("front", FRONT, ""), ("reference", REFERENCE, "#explain_text")):
+        opened(browser, site, page, anchor)
+        assert browser.save_screenshot(str(KEPT / f"{name}.png"))
+        assert (KEPT / f"{name}.png").stat().st_size > 20_000
+        print(KEPT / f"{name}.png")
+
+
+def test_the_toggle_turns_dark_on(site, browser):
+    "From the system's preference to light to dark; the choice is kept on the next page"
+    opened(browser, site, FRONT)
+    shown = "[...document.querySelectorAll('label.md-header__button[for^=__palette]')].find(l => !l.hidden)"
+    for wanted in ("default", "slate"):
+        browser.execute_script(f"{shown}.click()")
+        soon(browser, "return document.body.getAttribute('data-md-color-scheme') == arguments[0]", wanted)
+    opened(browser, site, HOWTO)
+    assert browser.execute_script("return document.body.getAttribute('data-md-color-scheme')") == "slate"
