@@ -266,11 +266,23 @@ def test_two_clicks_to_your_own_csv(site, browser):
     assert "llm-analysis explain run my_reviews.csv" in browser.find_element("css selector", "article").text
 
 
+DRAWN = """
+const box = e => e.getBoundingClientRect();
+const fractions = [...document.querySelectorAll("mfrac")].map(f => box(f).height / box(f.querySelector("mi, mn")).height);
+const sums = [...document.querySelectorAll("math[display=block] munder")].map(u => [...u.children].map(box));
+return [fractions, sums.map(([sum, under]) => under.top - (sum.top + sum.bottom) / 2)];
+"""
+
+
 def test_formulas_are_drawn(site, browser):
-    "A fraction is taller than the letter in it"
-    opened(browser, site, "explain/shapley.html")
-    height = "return document.querySelector(arguments[0]).getBoundingClientRect().height"
-    assert browser.execute_script(height, "mfrac") > 1.5 * browser.execute_script(height, "mfrac mi")
+    "A fraction is taller than what stands in it, and what a sum runs over stands below the sum"
+    fractions, sums = [], []
+    for page in ("explain/shapley.html", "tiny/reviews.html", "core.html"):
+        opened(browser, site, page)
+        here = browser.execute_script(DRAWN)
+        fractions, sums = fractions + here[0], sums + here[1]
+    assert len(fractions) >= 3 and min(fractions) > 1.4
+    assert len(sums) >= 4 and min(sums) > 0
 
 
 def test_screenshots(site, browser):
