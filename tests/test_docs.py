@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -133,11 +135,19 @@ def test_imports_stand_alone(notebook):
 
 
 @pytest.mark.slow
-def test_nbdev_prepares_every_notebook(tmp_path):
-    "What Quarto would be given"
-    from nbdev.serve import proc_nbs
-
-    assert len(list(Path(proc_nbs()).rglob("*.ipynb"))) >= len(NOTEBOOKS)
+def test_quarto_is_used_where_it_is(tmp_path):
+    "A stand-in on the PATH: it is given every notebook as nbdev prepares it, and what it makes is the site"
+    fake = tmp_path / "quarto"
+    fake.write_text(
+        '#!/bin/sh\nmkdir -p _docs && find . -name "*.ipynb" > _docs/index.html && echo "$@" > _docs/said\n'
+    )
+    fake.chmod(0o755)
+    before = {p: (ROOT / p).read_bytes() for p in ("README.md", "CONTRIBUTING.md", "nbs/sidebar.yml")}
+    line = [sys.executable, "tools/docs.py", "--output", str(tmp_path / "out")]
+    subprocess.run(line, cwd=ROOT, check=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    given = {x.removeprefix("./") for x in (tmp_path / "out" / "index.html").read_text().split()}
+    assert given >= set(NOTEBOOKS) and (tmp_path / "out" / "said").read_text() == "render --no-cache\n"
+    assert before == {p: (ROOT / p).read_bytes() for p in before}
 
 
 # Reference entries

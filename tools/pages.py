@@ -1,7 +1,7 @@
 """Notebooks as Markdown pages for mkdocs: what a reader sees of each cell, and a reference entry for each symbol.
 
 Nothing is imported or run: entries are read from the source (names, annotations, defaults, and the comment beside
-each parameter), outputs are those that are stored. `hide` drops a cell, `echo: false` its code."""
+each parameter), outputs are those that are stored. `hide` drops a cell, `echo: false` its code; `code-fold: true` folds it."""
 
 import ast
 import html
@@ -235,6 +235,11 @@ def fence(source: str, kind: str = "python") -> str:
     return f"{ticks} {kind}\n{source}\n{ticks}\n"
 
 
+def folded(title: str, source: str) -> str:
+    inside = textwrap.indent(fence(source), "    ")
+    return f'??? quote "{title}"\n\n{inside}'
+
+
 def exported(cell: dict, page: Page) -> str:
     "An exported cell: entries of what is public, then the source, folded"
     source = code(cell)
@@ -245,8 +250,7 @@ def exported(cell: dict, page: Page) -> str:
     entries = [entry(n, page, said, 0) for n in public(ast.parse(source))]
     names = [getattr(n, "name", None) or ast.unparse(getattr(n, "targets", [n])[0]) for n in tree.body]
     named = ", ".join(f"`{n}`" for n in names if len(n) < 40)
-    folded = textwrap.indent(fence(source), "    ")
-    return "\n".join([*entries, f'??? quote "Source: {named}"\n\n{folded}'])
+    return "\n".join([*entries, folded(f"Source: {named}", source)])
 
 
 # What the other cells show
@@ -286,6 +290,8 @@ def body(page: Page, pictures: dict[str, bytes]) -> str:
         elif cell["cell_type"] == "code" and not {"hide", "default_exp"} & set(own):
             if exports(cell):
                 parts.append(exported(cell, page))
+            elif own.get("code-fold") == "true":
+                parts.append(folded("Code", code(cell)))
             elif own.get("echo") != "false" and code(cell):
                 parts.append(fence(code(cell)))
             for n, out in enumerate(cell["outputs"]):
