@@ -236,6 +236,11 @@ def test_hostile_outputs_stay_text():
     assert shown.startswith("````") and shown.rstrip().endswith("````")
 
 
+def test_colours_of_a_terminal():
+    shown = pages.printed("\x1b[1m<b>\x1b[0m \x1b[48;2;0;114;178mword\x1b[0m")
+    assert "&lt;b&gt;" in shown and "rgb(0,114,178)" in shown and "\x1b" not in shown
+
+
 def formulas():
     for notebook, page in PAGES.items():
         for cell in page.cells:

@@ -11,6 +11,7 @@ import re
 import textwrap
 import tokenize
 from base64 import b64decode
+from collections.abc import Callable
 from configparser import ConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,11 +257,20 @@ def exported(cell: dict, page: Page) -> str:
 # What the other cells show
 
 
+def printed(words: str) -> str:
+    "Text as a terminal shows it, colours included"
+    if "\x1b[" not in words:
+        return fence(words, "{ .text .output }")
+    from nbconvert.filters.ansi import ansi2html
+
+    return f'<div class="output">\n<pre class="ansi">{ansi2html(words)}</pre>\n</div>\n'
+
+
 def output(out: dict, name: str, alt: str, pictures: dict[str, bytes]) -> str:
     "One stored output; a picture is put into `pictures` under `name`"
     data = {k: "".join(v) if isinstance(v, list) else v for k, v in out.get("data", {}).items()}
     if out["output_type"] == "stream":
-        return fence("".join(out["text"]).rstrip("\n"), "{ .text .output }")
+        return printed("".join(out["text"]).rstrip("\n"))
     if "image/png" in data:
         pictures[name + ".png"] = b64decode(data["image/png"])
         return f"![{alt}]({Path(name).name}.png)" + "{ .figure loading=lazy }\n"
@@ -270,7 +280,7 @@ def output(out: dict, name: str, alt: str, pictures: dict[str, bytes]) -> str:
         return f'<div class="output">\n{shown.strip()}\n</div>\n'
     if "text/markdown" in data:
         return data["text/markdown"] + "\n"
-    return fence(data.get("text/plain", ""), "{ .text .output }")
+    return printed(data.get("text/plain", ""))
 
 
 def index(page: Page) -> str:
@@ -279,17 +289,17 @@ def index(page: Page) -> str:
     return f'\n<p markdown class="names">`{PACKAGE}.{page.module}`: {links}</p>\n' if links else ""
 
 
-def body(page: Page, pictures: dict[str, bytes]) -> str:
-    "The page as Markdown, links not made yet"
+def body(page: Page, pictures: dict[str, bytes], linked: Callable[[str], str] = str) -> str:
+    "The page as Markdown; `linked` puts links into prose"
     parts, heading = [], page.title
     for k, cell in enumerate(page.cells):
         own = marks(cell)
         if cell["cell_type"] == "markdown":
             heading = ([heading] + re.findall(r"^#+ (.+)$", text(cell), re.M))[-1]
-            parts.append(text(cell) + "\n" + (index(page) if k == 0 else ""))
+            parts.append(linked(text(cell)) + "\n" + (index(page) if k == 0 else ""))
         elif cell["cell_type"] == "code" and not {"hide", "default_exp"} & set(own):
             if exports(cell):
-                parts.append(exported(cell, page))
+                parts.append(linked(exported(cell, page)))
             elif own.get("code-fold") == "true":
                 parts.append(folded("Code", code(cell)))
             elif own.get("echo") != "false" and code(cell):
@@ -343,7 +353,7 @@ class Links:
 
     def apply(self, markdown: str, page: Page) -> str:
         "Put links into prose; code, headings and what is a link already are left alone"
-        keep = r"(^ *(?P<f>`{3,}).*?^ *(?P=f)$|^#{1,6} .*?$|^\?\?\? .*?$|^<div.*?^</div>$|\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)"
+        keep = r"(^ *(?P<f>`{3,}).*?^ *(?P=f)$|^#{1,6} .*?$|^\?\?\? .*?$|\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)"
         name = r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)"
 
         def put(m):
@@ -361,7 +371,7 @@ def write_pages(notebooks: list[str], folder: Path) -> list[Page]:
     links = Links(pages)
     for page in pages:
         pictures = {}
-        markdown = links.apply(body(page, pictures), page)
+        markdown = body(page, pictures, lambda prose: links.apply(prose, page))  # noqa: B023
         path = folder / page.target
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(markdown, encoding="utf-8")
