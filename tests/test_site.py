@@ -174,7 +174,7 @@ def quiet(browser) -> None:
     assert [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
 
 
-def soon(browser, script: str, *args, seconds: float = 10):
+def soon(browser, script: str, *args, seconds: float = 30):
     "The value of a script as soon as it is true"
     end = time.monotonic() + seconds
     while not (value := browser.execute_script(script, *args)):
