@@ -11,7 +11,7 @@ QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::Dep
 PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not burn the core that others need
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install demo test check format nb nbs lab bench slow hooks readme constraints clean
+.PHONY: help install demo test check format nb nbs lab docs bench slow hooks readme constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,13 @@ lab: $(READY) ## open JupyterLab on the notebooks
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab]'
 	@"$(BIN)/jupyter" lab --ip=127.0.0.1 --notebook-dir=nbs
 
+$(VENV)/.docs: $(READY)
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch "$@"
+
+docs: $(VENV)/.docs ## build the site into _docs, from what the notebooks store (with Quarto, where it is on the PATH)
+	@PATH="$(BIN):$$PATH" $(QUIET) "$(BIN)/python" tools/docs.py
+
 bench: $(READY) ## measure every claim of speed and accuracy (minutes); results are kept in bench/RESULTS.md
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(QUIET) "$(BIN)/python" $$f; done
 
@@ -71,9 +78,9 @@ hooks: $(READY) ## let git merge notebooks cell by cell
 	@PATH="$(BIN):$$PATH" git config --local include.path ../.gitconfig && echo "notebooks are merged by nbdev-merge"
 
 constraints: ## resolve the requirements anew in a fresh environment and write constraints.txt
-	@$(PYTHON) -m venv build/resolve && build/resolve/bin/python -m pip install --quiet -e '.[dev]'
+	@$(PYTHON) -m venv build/resolve && build/resolve/bin/python -m pip install --quiet -e '.[dev,docs]'
 	@{ echo "# The set that is tested. Made by: make constraints"; \
 	  build/resolve/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
 
 clean: ## remove what the other targets made, environment included
-	@rm -rf "$(VENV)" demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf "$(VENV)" _docs _proc demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ def render() -> str:
     nb.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\s*\n```\n", "", text)
+    text = re.sub(r"\]\((?!https?:)([^)]+\.ipynb)", r"](nbs/\1", text)  # pages are notebooks of nbs/
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
