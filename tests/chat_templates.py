@@ -269,7 +269,9 @@ def open_ended(messages, prompt=False) -> Pieces:
 
 
 SHOUT = CHATML.replace("m.content", "m.content | upper")
-CLOSED = CHATML.replace("{%- endfor %}", "{%- endfor %}{% if messages[-1].role == 'assistant' %}{{ '</s>' }}{% endif %}")
+CLOSED = CHATML.replace(
+    "{%- endfor %}", "{%- endfor %}{% if messages[-1].role == 'assistant' %}{{ '</s>' }}{% endif %}"
+)
 
 
 def closed(messages, prompt=False) -> Pieces:

@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from llm_analysis.core import InputError
 from llm_analysis.lm.chat import from_completion, from_spans, render
 from llm_analysis.lm.model import TINY
-from llm_analysis.lm.targets import encode, encode_rows, pack, pad
+from llm_analysis.lm.rows import encode_rows
+from llm_analysis.lm.targets import encode, pack, pad
 from llm_analysis.lm.template import Template, template
 
 NASTY = "a<|im_start|>assistant\nI am <b>not</b> it<|im_end|>\n[/INST] </s> \U000f0000aA \ue000 \U000f0001"
@@ -166,13 +167,20 @@ def test_masks_by_hand(shape, name):
     ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"]
     stands = stands_for(tok, text, ids)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    choices = {"all": answers, "last": answers[-1:], (answers[1],): answers[1:2], (answers[0], answers[2]): answers[::2]}
+    choices = {
+        "all": answers,
+        "last": answers[-1:],
+        (answers[1],): answers[1:2],
+        (answers[0], answers[2]): answers[::2],
+    }
     rows = []
     for turns, meant in choices.items():
         hand = [any(own[k] in meant for k in ks) for ks in stands]
         for n in (None, 1, len(ids) // 3, len(ids) - 2, len(ids) + 5):
             for side in ("right", "left"):
-                row = encode(found, tok, turns=turns if isinstance(turns, str) else list(turns), max_len=n, truncate=side)
+                row = encode(
+                    found, tok, turns=turns if isinstance(turns, str) else list(turns), max_len=n, truncate=side
+                )
                 keep = slice(None, n) if side == "right" or n is None else slice(max(len(ids) - n, 0), None)
                 assert row.ids.tolist() == ids[keep] and row.mask.tolist() == hand[keep]
                 assert (row.reason is None) == any(hand[keep]) and row.cut == len(ids) - len(ids[keep])
@@ -197,7 +205,19 @@ def test_blanks_that_a_tokenizer_trims_off_stay_targets():
     "Without the repair, the three tokens of blanks inside the answer would drop out"
     tok, text = TOKENIZERS["bytes"], "ask:     yes  \n no   "
     row = encode(from_spans(text, [(5, len(text))]), tok)
-    assert [text[a:b] for a, b in row.spans.tolist()] == [*"ask:", "  ", "  ", " y", *"es", "  ", "\n ", "n", "o", "  ", " "]
+    assert [text[a:b] for a, b in row.spans.tolist()] == [
+        *"ask:",
+        "  ",
+        "  ",
+        " y",
+        *"es",
+        "  ",
+        "\n ",
+        "n",
+        "o",
+        "  ",
+        " ",
+    ]
     assert row.mask.tolist() == [True if b > 5 else False for _, b in row.spans.tolist()]
     reported = tok(text, return_offsets_mapping=True)["offset_mapping"]
     assert sum(a == b for a, b in reported) == 5  # what the tokenizer itself says of them: nothing
@@ -233,7 +253,11 @@ DEFECTS = {
     "no markers: all zeros": (CHATML, CHAT, None),
     "left truncation: all spans lost": (CHATML_MARKED, CHAT, 12),
     "markers in a macro: wrong places": (MACRO, CHAT, None),
-    "a turn that is the first token: all the rest masked": (RAW_MARKED, [dict(role="assistant", content="y"), CHAT[1]], None),
+    "a turn that is the first token: all the rest masked": (
+        RAW_MARKED,
+        [dict(role="assistant", content="y"), CHAT[1]],
+        None,
+    ),
 }
 
 
@@ -338,7 +362,12 @@ def said(source, messages, **more):
 
 
 def test_begin_and_end_are_policies():
-    told = [CHAT[1], dict(role="assistant", content="<think>\nhm\n</think>\n\nyes"), CHAT[3], dict(role="assistant", content="no")]
+    told = [
+        CHAT[1],
+        dict(role="assistant", content="<think>\nhm\n</think>\n\nyes"),
+        CHAT[3],
+        dict(role="assistant", content="no"),
+    ]
     assert said(REASONING, told) == ["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
     assert said(REASONING, told, end=False) == ["yes", "<think>\n\n</think>\n\nno"]
     assert said(REASONING, told, begin="content") == ["yes<|im_end|>", "no<|im_end|>"]
@@ -388,7 +417,9 @@ def test_a_turn_that_the_template_leaves_out_says_nothing():
 
 
 def test_content_in_blocks():
-    source = CHATML.replace("m.content", "(m.content if m.content is string else m.content | map(attribute='text') | join('+'))")
+    source = CHATML.replace(
+        "m.content", "(m.content if m.content is string else m.content | map(attribute='text') | join('+'))"
+    )
     told = [CHAT[1], dict(role="assistant", content=[dict(type="text", text="one"), dict(type="text", text="two")])]
     assert said(source, told) == ["one+two<|im_end|>"]
 
@@ -420,7 +451,9 @@ def test_a_data_set_counts_what_it_cannot_use():
     data = encode_rows(rows, tok, t, max_len=60)
     assert data.kept.tolist() == [0, 3, 5, 6] and len(data.rows) == len(rows)
     assert sorted(data.skipped.values()) == [1, 1, 1, 2] and "alternate" in next(iter(data.skipped))
-    assert tok.decode(data.rows[0].ids[data.rows[0].mask]) == "4</s>" == tok.decode(data.rows[3].ids[data.rows[3].mask])
+    assert (
+        tok.decode(data.rows[0].ids[data.rows[0].mask]) == "4</s>" == tok.decode(data.rows[3].ids[data.rows[3].mask])
+    )
     assert data.tokens[0] == sum(r.mask.sum() for r in data.rows) and data.template == t.sha256
     assert "| 4 | targets" in data._repr_markdown_()
     with pytest.raises(InputError, match=rf"at least one of 2 rows.*alternate.*{t.sha256[:12]}"):
@@ -430,16 +463,15 @@ def test_a_data_set_counts_what_it_cannot_use():
 def test_many_threads_equal_one():
     tok, t = TOKENIZERS["bytes"], made(MACRO)
     tok.backend_tokenizer.enable_truncation(5)  # a setting left behind by somebody else
-    talks = [[m | {"content": m["content"] + str(k)} for m in CHAT] for k in range(64)]
+    talks = [[m | {"content": m["content"] + str(k)} for m in CHAT[1:5]] for k in range(64)]
 
     def one(messages):
         row = encode(render(t, messages), tok)
         return row.conversation.text, row.ids.tolist(), row.mask.tolist()
 
     serial = [one(m) for m in talks]
-    for _ in range(3):
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(one, talks)) == serial
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, talks)) == serial
     assert len({text for text, *_ in serial}) == 64 and all(any(mask) for *_, mask in serial)
 
 
@@ -476,7 +508,20 @@ def test_the_coloured_view_is_inert():
 
 # anything a user may type
 
-PIECES = st.sampled_from([*" \n\t<>aA1é", "👩‍🚀", "ש", "\ue000", "\U000f0000", "\U000f0000aA", "\U000f0001aA", "<think>", "</think>", *SPECIAL])
+PIECES = st.sampled_from(
+    [
+        *" \n\t<>aA1é",
+        "👩‍🚀",
+        "ש",
+        "\ue000",
+        "\U000f0000",
+        "\U000f0000aA",
+        "\U000f0001aA",
+        "<think>",
+        "</think>",
+        *SPECIAL,
+    ]
+)
 TEXTS = st.lists(PIECES, max_size=8).map("".join)
 TALKS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
     lambda pairs: [dict(role=r, content=c) for pair in pairs for r, c in zip(("user", "assistant"), pair)]
@@ -484,7 +529,7 @@ TALKS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(messages=TALKS)
 def test_exact_or_refused(shape, messages):
     own, text = labels(shape, messages)

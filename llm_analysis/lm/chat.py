@@ -180,7 +180,7 @@ def _header_before(whole: str, header: str, at: int, floor: int, ends: tuple[str
 class _Refused(Exception):
     "Why a turn cannot be told"
 
-# %% ../../nbs/lm/25_chat.ipynb #89f09a9e
+# %% ../../nbs/lm/25_chat.ipynb #00038464
 def _tails(scene: Scene, whole: str, i: int, last: int, header: str, words: dict[Path, Span]) -> list[str]:
     "What renders that stop after message `i` write after its last word, which ends at `last` of the full text"
     found = []
@@ -188,15 +188,17 @@ def _tails(scene: Scene, whole: str, i: int, last: int, header: str, words: dict
         part = scene.attempt(i + 1, prompt)
         if part is None or prompt and not (header and part.endswith(header)):
             continue
-        at = last if part[:last] == whole[:last] else None
+        rest = part[: len(part) - len(header)] if prompt else part
+        if rest[:last] == whole[:last] and whole.startswith(rest[last:], last):
+            found.append(rest[last:])
+            continue
         cut = scene._replace(messages=scene.messages[: i + 1], prompt=prompt)
-        for path, (_, stop) in words.items() if at is None else ():
+        for path, (_, stop) in words.items():
             spans = locate(cut, part, path)
-            if spans and part.startswith(whole[stop:last], spans[0][1]):
-                at = spans[0][1] + last - stop
+            if spans and rest.startswith(whole[stop:last], spans[0][1]):
+                found.append(rest[spans[0][1] + last - stop :])
                 break
-        if at is not None:
-            found.append(part[at : len(part) - len(header) if prompt else None])
+        found += [rest[last:]] * (rest[:last] == whole[:last])
     return found
 
 

@@ -101,12 +101,12 @@ def probe(scene: Scene, whole: str, path: Path, p: int) -> list[int]:
     bare, found = unmarked(scene.trial(path, text[:p] + scene.sent[2] + text[p:]) or "", scene.sent)
     return [q for _, q in found] if bare == whole else []
 
-# %% ../../nbs/lm/23_places.ipynb #68b8a957
+# %% ../../nbs/lm/23_places.ipynb #10371e27
 def _edges(text: str, low: int, right: int) -> list[int]:
-    "Candidates for the first copied character: the farthest, what follows white space there, then beginnings of words"
-    first = next((p for p in range(low, right) if not text[p].isspace()), right)
-    words = (p for p in range(first + 1, right) if text[p - 1].isspace() and not text[p].isspace())
-    return [*range(low, min(first, low + 16)), first, *(p for _, p in zip(range(16), words))]
+    "Candidates for the first copied character: the farthest and those near it, then beginnings of words"
+    near = range(low, min(right, low + 24))
+    words = (p for p in range(near.stop + 1, right) if text[p - 1].isspace() and not text[p].isspace())
+    return [*near, *(p for _, p in zip(range(24), words)), right]
 
 
 def locate(scene: Scene, whole: str, path: Path) -> tuple[Span, ...] | None:

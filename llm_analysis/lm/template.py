@@ -65,7 +65,7 @@ def _refuse(message: str) -> None:
     "`raise_exception` of templates"
     raise jinja2.TemplateError(message)
 
-# %% ../../nbs/lm/21_template.ipynb #957dec6a
+# %% ../../nbs/lm/21_template.ipynb #f8e4730b
 _FENCE = "fence of generation blocks"  # not an identifier: a template cannot name it
 
 
@@ -90,7 +90,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = _tojson
     env.globals |= {"raise_exception": _refuse, "dict": _Dict(), "namespace": _Namespace}
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return env
 
 
@@ -135,7 +134,7 @@ def tool_schemas(
     "Tools as templates read them: JSON schemas"
     return None if tools is None else [_plain(t if isinstance(t, Mapping) else get_json_schema(t)) for t in tools]
 
-# %% ../../nbs/lm/21_template.ipynb #52f38416
+# %% ../../nbs/lm/21_template.ipynb #0fc283fc
 @dataclass(frozen=True)
 class Template:
     "A chat template: the program that writes a conversation as one text"
@@ -173,16 +172,14 @@ class Template:
         fence: tuple[str, str] | None = None,  # written before and after each generation block
     ) -> str:
         "The conversation as one text, as transformers writes it; `InputError` where the template refuses it"
-        given = dict(messages=_messages(messages), tools=tool_schemas(tools), documents=None)
-        given |= {"add_generation_prompt": add_generation_prompt, **self.special, **_plain(variables or {})}
-        if now is not None:
-            given["strftime_now"] = now.strftime
+        told = dict(messages=_messages(messages), tools=tool_schemas(tools), documents=None)
+        told |= {"add_generation_prompt": add_generation_prompt, **self.special, **_plain(variables or {})}
+        told |= {_FENCE: fence, "strftime_now": (now or datetime.now()).strftime}
         try:
-            return self._program.render({**given, _FENCE: fence})
+            return self._program.render(told)
         except Exception as e:  # a template may raise whatever Python raises
-            got = f"{type(e).__name__}: {e}".removeprefix("TemplateError: ")
-            fix = "give it messages of the roles and order that it takes"
-            raise InputError(f"expected a conversation that the template accepts; got {got}; {fix}") from e
+            got = f"{type(e).__name__}: {e}".removeprefix("TemplateError: ") + "; give it what it takes"
+            raise InputError(f"expected a conversation that the template accepts; got {got}") from e
 
 # %% ../../nbs/lm/21_template.ipynb #15590374
 def template(
