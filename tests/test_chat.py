@@ -290,6 +290,7 @@ CHANGING = {
     "escaped": CHATML.replace("m.content", "(m.content | tojson)"),
     "line breaks replaced": CHATML.replace("m.content", "m.content | replace('\n', ' ')"),
     "every other letter": CHATML.replace("m.content", "m.content[::2]"),
+    "counted": CHATML.replace("m.content", "m.content | length ~ m.content"),  # copied, but not without a trace
     "shortened": CHATML.replace("m.content", "m.content[:5]"),
 }
 
@@ -332,9 +333,11 @@ def test_a_block_in_dead_code_gives_no_targets_but_a_reason():
 
 
 def test_what_the_template_refuses_is_refused():
+    with pytest.raises(InputError, match="mappings with a role; got .*as message 0"):
+        render(made(CHATML), [dict(content="hello")])
     with pytest.raises(InputError, match="got user and assistant must alternate"):
         render(made(STRICT), CHAT)
-    with pytest.raises(InputError, match="without|with .*generation.* blocks"):
+    with pytest.raises(InputError, match="generation.* blocks; got none"):
         render(made(CHATML), CHAT, method="markers")
     with pytest.raises(InputError, match="at least one message"):
         render(made(CHATML), [])
@@ -529,7 +532,7 @@ TALKS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(messages=TALKS)
 def test_exact_or_refused(shape, messages):
     own, text = labels(shape, messages)

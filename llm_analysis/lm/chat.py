@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Turn', 'joined', 'Conversation', 'from_spans', 'from_completion', 'render']
 
-# %% ../../nbs/lm/25_chat.ipynb #ee11a1af
+# %% ../../nbs/lm/25_chat.ipynb #c49f734a
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from llm_analysis.lm.places import (
     survey,
     text_at,
 )
-from .template import Template, marks, tool_schemas, unmarked
+from .template import Template, marks, plain_messages, tool_schemas, unmarked
 
 # %% ../../nbs/lm/25_chat.ipynb #e88acbc7
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def _told(scene: Scene, whole: str, places: dict, turns: list[Turn], begin: str,
         found.append(t)
     return found
 
-# %% ../../nbs/lm/25_chat.ipynb #486a1eba
+# %% ../../nbs/lm/25_chat.ipynb #cc850848
 def render(
     template: Template,  # from lm.template
     messages: Sequence[Mapping],  # mappings with role, content and what else the template reads
@@ -311,7 +311,7 @@ def render(
     need(method != "markers" or template.markers, "a template with {% generation %} blocks", got="none", do=fix)
     marked = template.markers and method != "sentinel"
     options = dict(tools=tool_schemas(tools), variables=variables, now=now or datetime.now())
-    chat = [{k: v for k, v in dict(m).items() if v is not None} for m in messages]
+    chat = plain_messages(messages)
     n = 2 + 2 * max(len(paths_of(chat)), len(chat))
     sent = marks(n, chat, template.source, options["tools"] or (), variables or {}, template.special)
     scene = Scene(template, chat, options, add_generation_prompt, sent)
