@@ -13,6 +13,7 @@ from chat_templates import (
     CHATML_MARKED,
     MACRO,
     NOW,
+    PLAIN,
     RAW_MARKED,
     REASONING,
     SHAPES,
@@ -401,6 +402,32 @@ def test_tool_calls():
         assert [found.text[a:b] for t in answers for a, b in t.said] == hand
     with pytest.raises(InputError, match="tool calls or an empty text"):
         render(made(REASONING), told, begin="content").targets()
+
+
+def test_a_call_may_be_closed_by_special_tokens_of_its_own():
+    source = REASONING.replace("'</call>'", "'<|call|>'")
+    call = dict(function=dict(name="add", arguments={"a": 2}))
+    told = [CHAT[1], dict(role="assistant", content="so", tool_calls=[call, call])]
+    hand = "<think>\n\n</think>\n\nso" + '\n<call>add {"a": 2}<|call|>' * 2
+    assert said(source, told) == [hand + "<|im_end|>"] and said(source, told, end=False) == [hand]
+
+
+def test_an_end_that_stands_only_between_turns():
+    source = """{% for m in messages %}{{ '<|head|>' ~ m.role ~ '\n' ~ m.content }}
+    {%- if add_generation_prompt or not loop.last %}<|stop|>{% endif %}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}"""
+    told = [CHAT[1], dict(role="assistant", content="one"), CHAT[3], dict(role="assistant", content="two")]
+    assert said(source, told) == ["one", "two"]  # the mark counts to what follows: no turn by itself has it
+
+
+def test_a_prompt_that_the_history_lacks_and_a_text_said_again_are_refused():
+    told = [CHAT[1], dict(role="assistant", content="yes")]
+    other = PLAIN + "{% if add_generation_prompt %}model: {% endif %}"
+    with pytest.raises(InputError, match="generation prompt does not stand before it"):
+        said(other, told)
+    assert said(other, told, begin="content") == ["yes"]
+    with pytest.raises(InputError, match="more than once"):
+        said(PLAIN + "Last: {{ messages[-1].content }}", told)
 
 
 def test_marked_and_unmarked_twins_agree():
