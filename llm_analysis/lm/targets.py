@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Encoded', 'encode_all', 'encode', 'check_lengths', 'shown', 'Padded', 'Packed', 'pad', 'pack']
 
-# %% ../../nbs/lm/27_targets.ipynb #5a1f9916
+# %% ../../nbs/lm/27_targets.ipynb #a1af57ee
 import re
 import threading
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..core import need
 from .chat import Conversation
+from ..text import visible
 from ..viz import PALETTE
 
 # %% ../../nbs/lm/27_targets.ipynb #ffeb7af2
@@ -156,7 +157,7 @@ def check_lengths(max_len: int | None, truncate: str) -> None:
     need(max_len is None or max_len >= 1, "max_len of at least 1", got=max_len, do="leave it out for no limit")
     need(truncate in ("left", "right"), "truncate left or right", got=repr(truncate), do="choose one of these")
 
-# %% ../../nbs/lm/27_targets.ipynb #5b973f5a
+# %% ../../nbs/lm/27_targets.ipynb #6a28e0bd
 _ROLES = {"system": "purple", "developer": "purple", "user": "sky", "assistant": "green", "tool": "orange"}
 
 
@@ -170,17 +171,18 @@ def shown(
     row: Encoded,  # a conversation as tokens
 ) -> str:  # inline HTML without scripts; every character of the text escaped
     "The tokens of a conversation, coloured by role, targets underlined"
-    text, last, pieces, roles = row.conversation.text, 0, [], {}
-    places = [(s, t.role) for t in row.conversation.turns for s in (*t.spans, *t.said)]
-    for k, ((a, b), i, target) in enumerate(zip(row.spans.tolist(), row.ids.tolist(), row.mask.tolist())):
-        piece = text[max(a, last) if k else a : b].replace("\n", "⏎\n") or "·"
+    text, last, parts, pieces, roles = row.conversation.text, 0, [], [], {}
+    for k, (a, b) in enumerate(row.spans.tolist()):
+        parts.append(text[max(a, last) if k else a : b])
         last = max(last, b)
+    places = [(s, t.role) for t in row.conversation.turns for s in (*t.spans, *t.said)]
+    for k, (piece, (a, b), target) in enumerate(zip(visible(parts), row.spans.tolist(), row.mask.tolist())):
         role = next((r for (s, e), r in places if a < e and s < b), None)
         style = f"background:{_rgba(role)};" if role else "opacity:.75;"
         style += "border-bottom:.18em solid currentColor;" if target else ""
         roles |= {role: style.split(";")[0]} if role else {}
-        hover = f"token {k}, id {i}" + (f", {role}" if role else "") + (", target" if target else "")
-        pieces.append(f'<span title="{escape(hover)}" style="{style}margin-right:1px">{escape(piece)}</span>')
+        hover = f"token {k}, id {row.ids[k]}" + (f", {role}" if role else "") + (", target" if target else "")
+        pieces.append(f'<bdi title="{escape(hover)}" style="{style}margin-right:1px">{escape(piece)}</bdi>')
     names = "".join(f'<span style="{look};padding:0 .4em">{escape(r)}</span> ' for r, look in roles.items())
     note = f"{row.mask.sum()} of {len(row.ids)} tokens are targets ({row.conversation.method})"
     note += f"; {row.cut} cut" if row.cut else ""
