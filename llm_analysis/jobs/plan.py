@@ -101,7 +101,7 @@ def _batch_cost(cost: Float[np.ndarray, " _"], first: Int[np.ndarray, " _"]) -> 
     "Cost of each batch, from one running sum, so that it is the same on every machine"
     return np.diff(np.concatenate([[0.0], np.cumsum(cost)])[first])
 
-# %% ../../nbs/jobs/10_plan.ipynb #04b8d4a6
+# %% ../../nbs/jobs/10_plan.ipynb #55abe461
 def _cut(
     length: Int[np.ndarray, " _"],  # tokens by position, at least 1, not rising between two borders
     borders: Int[np.ndarray, " _"],  # positions that no batch may cross, the end included
@@ -110,7 +110,9 @@ def _cut(
 ) -> Int[np.ndarray, " _"]:  # first position of each batch
     "The greedy division of sorted rows into batches"
     walls, starts, at = borders.tolist(), [np.zeros(0, np.int64)], 0
-    changes = np.union1d(np.flatnonzero(np.diff(length)) + 1, borders).tolist()
+    changes = np.diff(length, append=0) != 0
+    changes[borders[borders > 0] - 1] = True
+    changes = (np.flatnonzero(changes) + 1).tolist()
     while at < len(length):
         rows = min(max(budget // int(length[at]), 1), most)
         end = changes[bisect_right(changes, at)]  # rows before it have the same length
@@ -133,7 +135,7 @@ def _share(
     rank = np.argsort(np.argsort(-np.bincount(run, cost), kind="stable"), kind="stable")
     return rank[run]
 
-# %% ../../nbs/jobs/10_plan.ipynb #e3f6f88b
+# %% ../../nbs/jobs/10_plan.ipynb #89a49e3c
 def make_plan(
     lengths: Sequence[int] | Integer[np.ndarray, " _"],  # tokens of each row of the data set
     costs: Sequence[float] | Num[np.ndarray, " _"] | None = None,  # of each row, in any unit; None: its length
@@ -150,19 +152,22 @@ def make_plan(
     settings = dict(batch_tokens=batch_tokens, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     settings |= dict(shards=shards, static=static, window=window)
     for name, value in settings.items():
+        whole = value is not None and not isinstance(value, bool) and isinstance(value, int) and value >= 1
         free = value is None and name not in ("batch_tokens", "shards")
-        need(free or value >= 1, f"{name} of at least 1", got=value, do="give a positive number")
+        need(whole or free, f"{name} of at least 1", got=value, do="give a whole number")
     length, cost = _lengths(lengths), _costs(costs, lengths)
     left, why = _left_out(length, reasons, max_seq_len)
-    order, borders = _sorted(np.delete(np.arange(len(length)), left), length, window)
-    kept = len(order)
-    starts = _cut(length[order], borders, batch_tokens, max_batch_size or max(len(length), 1))
+    stays = np.ones(len(length), bool)
+    stays[left] = False
+    order, borders = _sorted(np.flatnonzero(stays), length, window)
+    kept, gone = len(order), np.zeros(len(left), np.int64)
+    starts = _cut(length[order], borders, batch_tokens, max_batch_size or max(kept, 1))
     first = np.concatenate([starts, np.arange(kept, len(length), _LEFT_OUT), [len(length)]])
-    order, gone = np.concatenate([order, left]), np.zeros(len(left), np.int64)
-    length, cost = np.append(length[order[:kept]], gone), np.append(cost[order[:kept]], gone.astype(float))
-    number = len(first) - 1
-    shard = np.arange(number) % static if static else _share(_batch_cost(cost, first), shards)
+    length, cost = np.append(length[order], gone), np.append(cost[order], gone.astype(float))
+    batch_cost = _batch_cost(cost, first)
+    shard = np.arange(len(batch_cost)) % static if static else _share(batch_cost, shards)
     count = static or int(shard.max(initial=-1)) + 1
+    order = np.append(order, left)
     return Plan(order, length, cost, dict(enumerate(why, kept)), first, shard, count, settings)
 
 
