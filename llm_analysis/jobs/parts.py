@@ -7,7 +7,7 @@ __all__ = ['NAME', 'VERSION', 'REPAIR', 'PASSING', 'Chunk', 'Part', 'part_name',
            'scan', 'gaps', 'sign', 'signatures', 'at', 'can_link', 'sweep', 'aloud', 'patiently', 'settle', 'prepare',
            'Log']
 
-# %% ../../nbs/jobs/12_parts.ipynb #5448f86a
+# %% ../../nbs/jobs/12_parts.ipynb #e39cced2
 import errno
 import hashlib
 import json
@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -177,7 +177,7 @@ def gaps(
     edges = [0, *(e for p in parts for e in (p.start, p.stop)), batches]
     return [(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
-# %% ../../nbs/jobs/12_parts.ipynb #dececbbb
+# %% ../../nbs/jobs/12_parts.ipynb #437ca8bf
 def sign(
     folder: Path,  # of the run
     name: str,  # of the part
@@ -187,10 +187,11 @@ def sign(
     "Note what a part's bytes are, before it is visible"
     path = folder / "_job" / "log" / f"parts-{socket.gethostname()}-{os.getpid()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dict(name=name, sha256=sha256, bytes=nbytes)) + "\n"
+    line = f"\n{json.dumps(dict(name=name, sha256=sha256, bytes=nbytes))}\n".encode()  # a torn line before it ends
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(fd, line.encode())
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
 
@@ -338,48 +339,51 @@ def patiently(
             wait(min(pause, left))
             pause = min(2 * pause, 5.0)
 
-# %% ../../nbs/jobs/12_parts.ipynb #a0616d30
-def _commit(log: "Log", fd: int, part: Part, table: pa.Table, seen: list[str]) -> bool:
-    "Write a part and link it into the folder `fd`, unless that is no longer as it was `seen`; whether it stands there"
-    tmp = log.folder / "_job" / "tmp" / _tmp_name()
-    said = notes(log.fingerprint, part.shard, part.start, part.stop, part.rows, part.skipped, part.halved)
-    blob, name = encode(table, said), part.path.name
+# %% ../../nbs/jobs/12_parts.ipynb #4a589640
+def _stage(log: "Log", tmp: Path, part: Part, blob: pa.Buffer) -> None:
+    "Write a part where nobody looks yet, sign it, and read it back"
+    tmp.unlink(missing_ok=True)
+    tmp.parent.mkdir(parents=True, exist_ok=True)
+    sign(log.folder, part.path.name, hashlib.sha256(blob).hexdigest(), blob.size)
+    _write(tmp, blob)
+    back = read_part(tmp, log.fingerprint)
+    whole = (back.start, back.stop, back.rows, back.nbytes) == (part.start, part.stop, part.rows, blob.size)
+    fix = "check the disk and run again"
+    need(whole, f"{part.path.name} to be read back as written", got=back, do=fix, error=WorldError)
 
-    def stage() -> None:
-        tmp.unlink(missing_ok=True)
-        tmp.parent.mkdir(parents=True, exist_ok=True)
-        sign(log.folder, name, hashlib.sha256(blob).hexdigest(), blob.size)
-        _write(tmp, blob)
-        back = read_part(tmp, log.fingerprint)
-        whole = (back.start, back.stop, back.rows, back.nbytes) == (part.start, part.stop, part.rows, blob.size)
-        need(whole, f"{name} to be read back as written", got=back, do="check the disk", error=WorldError)
+
+def _commit(log: "Log", fd: int, part: Part, table: pa.Table, seen: list[str]) -> Part | None:
+    "Write a part and link it into the folder `fd`, unless that is no longer as it was `seen`; None if it is not there"
+    tmp = log.folder / "_job" / "tmp" / _tmp_name()
+    blob = encode(
+        table, notes(log.fingerprint, part.shard, part.start, part.stop, part.rows, part.skipped, part.halved)
+    )
 
     def link() -> bool:
         at("link:before")
-        won = _link(tmp, name, fd, log.links)
+        won = _link(tmp, part.path.name, fd, log.links)
         at("link:after")
         return won
 
-    def settle() -> None:
+    def harden() -> None:
         at("dirsync:before")
         os.fsync(fd)
         at("dirsync:after")
 
     try:
-        log.patiently(stage)
+        log.patiently(lambda: _stage(log, tmp, part, blob))
         if shard_names(fd, part.shard) != seen:
-            return False
-        try:
-            won = log.patiently(link)
-        except FileNotFoundError:  # the file was swept away, or the folder was replaced
-            return False
-        log.patiently(settle)
-        return won and log.is_current(fd)
+            return None
+        won = log.patiently(link)
+        log.patiently(harden)
+        return replace(part, nbytes=blob.size) if won and log.is_current(fd) else None
+    except FileNotFoundError:  # the file was swept away, or the folder was replaced
+        return None
     finally:
         with suppress(OSError):
             tmp.unlink()
 
-# %% ../../nbs/jobs/12_parts.ipynb #bbc61b0d
+# %% ../../nbs/jobs/12_parts.ipynb #ea585161
 def _publish(log: "Log", shard: int, start: int, chunks: Sequence[Chunk]) -> list[Part]:
     "Commit what nobody committed yet; the parts that this call wrote"
     wrote, here, end = [], start, start + len(chunks)
@@ -405,12 +409,12 @@ def _publish(log: "Log", shard: int, start: int, chunks: Sequence[Chunk]) -> lis
             halved = tuple(here + k for k, c in enumerate(run) if c.halved)
             path = log.data / part_name(shard, here)
             part = Part(path, shard, here, stop, len(table), skipped, halved, 0)
-            if _commit(log, fd, part, table, seen):
-                wrote.append(read_part(path, log.fingerprint))
+            if committed := _commit(log, fd, part, table, seen):
+                wrote.append(committed)
                 here = stop
     return wrote
 
-# %% ../../nbs/jobs/12_parts.ipynb #fc4d2e82
+# %% ../../nbs/jobs/12_parts.ipynb #d6e537d6
 def settle(
     folder: Path,  # of the run
 ) -> None:
@@ -433,7 +437,7 @@ def prepare(log: "Log") -> None:
         if not log.links:
             log.say("This file system has no hard links: parts are renamed, and only one process may publish here.")
 
-
+# %% ../../nbs/jobs/12_parts.ipynb #2493fa7e
 class _Folder:
     "The folder of a run, as an open handle"
 
