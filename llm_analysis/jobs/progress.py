@@ -212,7 +212,7 @@ def _canvas(name: str, total: int, show: bool) -> _Lines | _Bars | None:
     lively = sys.stderr.isatty() or getattr(kernel, "kernel", None) is not None
     return _Bars(name, total) if lively else _Lines(name, total)
 
-# %% ../../nbs/jobs/16_progress.ipynb #c334855a
+# %% ../../nbs/jobs/16_progress.ipynb #e68ad6fd
 class _Counting:
     "What a run has done"
 
@@ -224,7 +224,9 @@ class _Counting:
         *,
         name: str = "rows",  # stands before the bar
         show: bool = True,  # draw
+        about: dict | None = None,  # more for the heartbeat
     ):
+        self.about = about or {}
         self.tally, self.log, self.lock = Tally(plan), log, threading.Lock()
         self.workers: dict[str, Now | str] = {}
         by_shard: dict[int, list[Part]] = {s: [] for s in shards}
@@ -264,7 +266,7 @@ class _Counting:
         with self.lock:
             self.workers.pop(worker, None)
 
-# %% ../../nbs/jobs/16_progress.ipynb #d3533e74
+# %% ../../nbs/jobs/16_progress.ipynb #d64f7a27
 class Progress(_Counting):
     "What a run has done, drawn and written down by the process that leads it"
 
@@ -276,7 +278,9 @@ class Progress(_Counting):
         rows, tokens, cost = done - self.before
         left = (self.total - done)[2] / cost * seconds if cost > 0 else None
         lines = {name: now if isinstance(now, str) else self._line(now) for name, now in sorted(workers.items())}
-        counts = dict(rows=int(self.total[0]), done=int(done[0]), workers=lines, state=self.state, seconds_left=left)
+        counts = self.about | dict(
+            rows=int(self.total[0]), done=int(done[0]), workers=lines, state=self.state, seconds_left=left
+        )
         return counts | dict(rows_per_second=rows / seconds, tokens_per_second=tokens / seconds)
 
     def _line(self, now: Now) -> str:
@@ -301,6 +305,8 @@ class Progress(_Counting):
         "Say something without breaking the bar"
         if self.canvas:
             self.canvas.write(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def _pulse(self) -> None:
         while not self.closing.is_set():
