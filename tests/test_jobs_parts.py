@@ -182,7 +182,7 @@ def replacing(tmp: Path, name: str, fd: int, links: bool) -> bool:
     "mutant, word", [(attempts, "stands in 2 parts"), (in_place, "unreadable"), (replacing, "committed part changed")]
 )
 def test_each_faulty_commit_is_found(fast_tmp, monkeypatch, mutant, word):
-    monkeypatch.setattr(parts, "_link", mutant)
+    monkeypatch.setattr(parts, "link_once", mutant)
     if mutant is attempts:
         monkeypatch.setattr(parts, "NAME", parts.re.compile(r"part-(\d{5,})-(\d{8,})(?:-(\d{8,}))?(?:\.\d+)?\.parquet"))
     assert any(word in w for _, wrong in races(fast_tmp, monkeypatch, CUTS[0]) for w in wrong)  # stops at the first
