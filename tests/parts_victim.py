@@ -52,7 +52,7 @@ def compacts(folder: str, point: str, hit: int, exchange: bool) -> None:
     "Merge the parts of a folder, and die at a failpoint"
     die_at(point, hit)
     if not exchange:
-        verify._exchange = lambda a, b: False
+        verify.exchange = lambda a, b: False
     verify.compact(Log(folder, "run", SCHEMA))
 
 

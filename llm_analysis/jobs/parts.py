@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chunk', 'shard_names', 'scan', 'gaps', 'at', 'write_durably', 'link_once', 'settle', 'prepare', 'Log']
 
-# %% ../../nbs/jobs/12_parts.ipynb #319608ab
+# %% ../../nbs/jobs/12_parts.ipynb #d64344d8
 import hashlib
 import os
 import time
@@ -19,7 +19,18 @@ import pyarrow as pa
 
 from ..core import WorldError, need
 from .disk import aloud, can_link, patiently, sweep, tmp_name
-from .footer import NAME, REPAIR, Part, encode, notes, part_name, read_part, read_table, sign
+from llm_analysis.jobs.footer import (
+    NAME,
+    REPAIR,
+    Part,
+    encode,
+    notes,
+    part_name,
+    read_part,
+    read_table,
+    read_tail,
+    sign,
+)
 
 # %% ../../nbs/jobs/12_parts.ipynb #ff0061f5
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Chunk:
     skipped: Sequence[tuple[int | str, str, str]] = ()  # (id, "skipped" or "failed", reason) of rows without a result
     halved: bool = False  # whether the batch was cut in two because memory ran out
 
-# %% ../../nbs/jobs/12_parts.ipynb #91f97b59
+# %% ../../nbs/jobs/12_parts.ipynb #39e65be2
 def shard_names(
     fd: int,  # handle of the folder of parts
     shard: int | None = None,  # None: all
@@ -54,12 +65,11 @@ def scan(
     need(strange is None, "parts only in data/", got=strange, do="move it out of data/", error=WorldError)
     states = [(n, s.st_size, s.st_mtime_ns, s.st_ino) for n in names for s in [os.stat(n, dir_fd=fd)]]
     new = [s for s in states if s not in known]
-    read = lambda state: read_part(data / state[0], fingerprint)
-    if len(new) > 64:
-        with ThreadPoolExecutor(8) as pool:
-            known.update(zip(new, pool.map(read, new, chunksize=64)))
-    else:
-        known.update({s: read(s) for s in new})
+    tails = lambda some: [read_tail(s[0], fd) for s in some]
+    with ThreadPoolExecutor(8) as pool:  # reading waits for the disk; understanding what was read does not
+        ends = [t for some in pool.map(tails, [new[i : i + 64] for i in range(0, len(new), 64)]) for t in some]
+    for state, tail in zip(new, ends):
+        known[state] = read_part(data / state[0], fingerprint, tail=tail, nbytes=state[1])
     parts = sorted((known[s] for s in states), key=lambda p: (p.shard, p.start, p.stop))
     for a, b in zip(parts, parts[1:]):
         both = f"{a.path.name} up to batch {a.stop} and {b.path.name}"
