@@ -95,7 +95,7 @@ class Dispatch:
                 self.row_deaths[task.shard, running, place] += 1
                 self.reasons[task.shard, running, place] = how
 
-# %% ../../nbs/jobs/16_dispatch.ipynb #c24d5cdd
+# %% ../../nbs/jobs/16_dispatch.ipynb #3ec66c8f
 @dataclass(frozen=True, eq=False)
 class Brief:
     "A run, as a worker sees it"
@@ -124,7 +124,7 @@ class Brief:
         if not task.alone:
             own = dict(loop=self.loop, halt=halt, report=report, say=say)
             return work(self.step, self.source, self.plan, log, task.shard, task.start, task.stop, **own).ended
-        places = self.plan.batch(self.plan.of(task.shard)[task.start])
+        places = self.plan.batch(int(self.plan.of(task.shard)[task.start]))
         rows = self.source.rows(self.plan.order[places])
         now = Now(task.shard, task.start, task.start, task.start, task.start)
         say(f"computing {len(rows)} rows one by one, after {CONVICTED} workers died on their batch")

@@ -323,7 +323,7 @@ def _summary(self: Job, plan: Plan, log: Log, before: int, seconds: float, death
     ended = "complete" if done == rows else why
     return Summary(self.folder, rows, done, **counts, **size, seconds=seconds, deaths=deaths, ended=ended)
 
-# %% ../../nbs/jobs/18_job.ipynb #c41239d3
+# %% ../../nbs/jobs/18_job.ipynb #a0882181
 @patch
 def status(self: Job) -> Status:
     "How far the run is, whoever is at work on it"
@@ -344,7 +344,7 @@ def verify(self: Job, repair: bool = False) -> checking.Report:
 
     def expected(part: Part) -> list:
         "Ids of the rows that a part covers"
-        batches = plan.of(part.shard)[part.start : part.stop] if plan.batches else []
+        batches = plan.of(part.shard)[part.start : part.stop].tolist() if plan.batches else []
         return [i for b in batches for i in ids.take(pa.array(plan.order[plan.batch(b)])).to_pylist()]
 
     sizes = [len(plan.of(s)) for s in range(plan.shards)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Control', 'run_here', 'find_devices', 'serve', 'run_local']
 
-# %% ../../nbs/jobs/17_local.ipynb #65f8c83f
+# %% ../../nbs/jobs/17_local.ipynb #7669768b
 import json
 import os
 import queue
@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..core import InputError, WorldError
 from .dispatch import Brief, Dispatch, Task
 from .work import Now, StepError, unusable
 
-# %% ../../nbs/jobs/17_local.ipynb #643c5fd4
+# %% ../../nbs/jobs/17_local.ipynb #83d130d1
+@runtime_checkable
 class Control(Protocol):
     "What an executor is told, and where it reports"
 

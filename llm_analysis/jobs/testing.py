@@ -211,7 +211,7 @@ class Storm:
         )
         return "\n".join(lines)
 
-# %% ../../nbs/jobs/19_testing.ipynb #a26dea8a
+# %% ../../nbs/jobs/19_testing.ipynb #662831fb
 KINDS = (
     "worker killed",
     "worker stopped",
@@ -231,7 +231,7 @@ class _Weather:
         self.happened, self.stopped = Counter(dict.fromkeys(KINDS, 0)), []
         home.mkdir(parents=True)
         self.pause(0.02)
-        self.parent, self.second, self.seconds = start(home, **self.options), None, set()
+        self.parent, self.second, self.seconds, self.until = start(home, **self.options), None, set(), 0.0
         self.patience = options.get("patience", 1.0)
 
     def pause(self, seconds: float) -> None:
@@ -266,7 +266,7 @@ def _signal(pid: int, number: int) -> bool:
         return True
     return False
 
-# %% ../../nbs/jobs/19_testing.ipynb #cad9c3e2
+# %% ../../nbs/jobs/19_testing.ipynb #99563c42
 class _Storming(_Weather):
     "Does it"
 
@@ -276,6 +276,7 @@ class _Storming(_Weather):
             if self.second is None:
                 self.second = start(self.home, **self.options)
                 self.seconds.add(self.second.pid)
+                self.until = time.monotonic() + self.draw.uniform(3, 8)
                 self.happened[kind] += 1
             return
         target = self.worker() if kind.startswith("worker") else self.parent.pid
@@ -296,12 +297,15 @@ class _Storming(_Weather):
                 self.stopped.remove((pid, end))
         if self.second is not None and self.second.poll() is not None:
             need(
-                self.second.returncode in (0, 5, -9),
+                self.second.returncode in (0, 5, -9, -15),
                 "a second parent that ends well",
                 got=self.second.returncode,
                 do="see said",
             )
             self.second = None
+        elif self.second is not None and time.monotonic() > self.until:
+            _signal(self.second.pid, self.draw.choice((signal.SIGKILL, signal.SIGTERM)))
+            self.until += 5
         code = self.parent.poll()
         need(code in (None, 0, 5, -9, -15), "a parent that ends well", got=code, do=f"see {self.home.name}/said")
         if code is not None and code != 0:
@@ -327,7 +331,7 @@ class _Storming(_Weather):
                 process.kill()
                 process.wait(10)
 
-# %% ../../nbs/jobs/19_testing.ipynb #4ae65b41
+# %% ../../nbs/jobs/19_testing.ipynb #214c1b45
 def storm(
     home: str | os.PathLike,  # a new folder for the run and its ledger
     *,
@@ -351,7 +355,8 @@ def storm(
             )
             if left := weather.left():
                 weather.act(weather.draw.choice(left))
-                weather.pause(0.02 if weather.share() < 0.5 else 0.3)
+                share = weather.share()
+                weather.pause(0.02 if share < 0.5 else 0.3 if share < 0.9 else 2.0)
                 time.sleep(weather.draw.expovariate(1 / pace))
             else:
                 calm = calm or weather.pause(0.0) is None

@@ -212,7 +212,7 @@ class _Buffer:
             self.there = set(range(self.batches)) - {o for a, b in left for o in range(a, b)}
         self.start, self.chunks, self.rows, self.nbytes = self.start + len(self.chunks), [], 0, 0
 
-# %% ../../nbs/jobs/15_work.ipynb #03df63e9
+# %% ../../nbs/jobs/15_work.ipynb #95bdc616
 @dataclass(frozen=True)
 class Done:
     "What became of a task"
@@ -233,7 +233,7 @@ class _Fetched:
 
     def __init__(self, step, source, plan, log, shard, start, stop, loop, report, say):
         self.step, self.source, self.plan, self.loop, self.say = step, source, plan, loop, say
-        self.batches, self.stop = plan.of(shard), stop
+        self.batches, self.stop = plan.of(shard).tolist(), stop
         self.buffer = _Buffer(log, shard, len(self.batches), loop)
         self.report, self.now, self.lock = report, Now(shard, start, start, start), threading.Lock()
         self.tokens = self.halved = 0
