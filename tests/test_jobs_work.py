@@ -77,6 +77,11 @@ def squares(job):
     return dict(zip(table["index"][:], table["square"][:]))
 
 
+def computed(ledger):
+    "Rows that were computed, by whoever"
+    return sum(int(x.split()[1]) for x in (ledger / "computed").read_text().splitlines())
+
+
 def run_script(code, *args, **kwargs):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *args], env=env, **kwargs)
@@ -108,7 +113,13 @@ def children(pid):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     "An undisturbed run of one worker: id → digest"
-    job = Job(texts(400), Digests(), output_dir=tmp_path_factory.mktemp("plain") / "out", options=JobOptions(**SMALL), **QUIET)
+    job = Job(
+        texts(400),
+        Digests(),
+        output_dir=tmp_path_factory.mktemp("plain") / "out",
+        options=JobOptions(**SMALL),
+        **QUIET,
+    )
     assert job.run().complete
     return answers(job)
 
@@ -127,23 +138,23 @@ def test_four_workers_give_the_same(tmp_path, plain):
     assert job.verify().ok
 
 
+@pytest.mark.slow
 def test_fifty_interruptions_by_the_clock(tmp_path, plain):
-    ledger = tmp_path / "ledger"
-    ledger.mkdir()
-    short = JobOptions(max_runtime_minutes=0.002 / 60, **SMALL)
-    stops = 0
-    for _ in range(50):
-        job = Job(texts(400), Digests(str(ledger)), output_dir=tmp_path / "out", options=short, **QUIET)
+    (tmp_path / "pause").write_text("0.03")
+    stops, seconds = 0, 0.1
+    for _ in range(300):
+        options = JobOptions(batch_tokens=160, max_batch_size=2, max_runtime_minutes=seconds / 60)
+        job = Job(texts(400), Digests(str(tmp_path)), output_dir=tmp_path / "out", options=options, **QUIET)
         summary = job.run()
         stops += summary.ended == "time is up"
+        seconds *= 1.2 if not summary.computed else 0.95  # a busy machine needs longer to begin at all
         if not summary.left:
             break
-    job = Job(texts(400), Digests(), output_dir=tmp_path / "out", options=JobOptions(**SMALL), **QUIET)
-    assert job.run().complete and answers(job) == plain and stops >= 5
-    assert sum(int(x.split()[1]) for x in (ledger / "computed").read_text().splitlines()) <= 400  # nothing twice
+    assert stops >= 50 and answers(job) == plain
+    assert computed(tmp_path) == 400  # nothing twice
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_static_shards_merged(tmp_path, plain, workers):
     for i in range(3):
         options = JobOptions(num_shards=3, shard_index=i, num_workers=workers, **SMALL)
@@ -177,10 +188,11 @@ def test_a_killed_worker_is_replaced(tmp_path):
     summary = job.run()
     assert summary.complete and summary.deaths == 1 and time.monotonic() - began < 30
     assert squares(job) == {i: i * i for i in range(100)}
-    computed = sum(int(x.split()[1]) for x in Path(step.log).read_text().splitlines())
-    assert computed - 100 <= 8 + 2 * 4  # a part's buffer, and the batches on their way into it
+    tried = sum(int(x.split()[1]) for x in Path(step.log).read_text().splitlines())
+    assert tried - 100 <= 8 + 2 * 4  # a part's buffer, and the batches on their way into it
 
 
+@pytest.mark.slow
 def test_a_row_that_always_kills_is_recorded(tmp_path):
     options = JobOptions(num_workers=2, batch_tokens=4)
     job = Job(numbers(24), Numbers(kill=[5]), output_dir=tmp_path / "out", options=options, **QUIET)
@@ -216,6 +228,7 @@ def test_a_stopped_worker_loses_its_shard_and_harms_nobody(tmp_path):
     assert not os.path.exists(f"/proc/{pid}")
 
 
+@pytest.mark.slow
 def test_a_worker_that_stays_silent_is_killed_and_the_run_ends(tmp_path):
     ledger = tmp_path / "l"
     ledger.mkdir()
@@ -238,9 +251,9 @@ def test_a_parent_that_is_killed_leaves_nobody_and_loses_nothing(tmp_path):
     parent.wait(10)
     pids = [int(p.name.split("-")[2]) for p in ledger.glob("worker-*")]
     wait_for(lambda: not any(os.path.exists(f"/proc/{p}") for p in pids), 20)
-    computed = sum(int(x.split()[1]) for x in (ledger / "computed").read_text().splitlines())
-    written = len(pq.read_table(ledger / "out" / "data"))
-    assert computed == written  # orphans wrote what they had before they left
+    assert computed(ledger) == len(
+        pq.read_table(ledger / "out" / "data")
+    )  # orphans wrote what they had before they left
     (ledger / "pause").write_text("0")
     assert start(ledger, rows=1200, workers=2, part_rows=64).wait(60) == 0
     assert faults(ledger / "out", texts(1200)) == dict(missing=0, doubled=0, wrong=0)
@@ -278,7 +291,9 @@ def test_main_module_steps(tmp_path):
         """)
     )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    ran = subprocess.run([sys.executable, script, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, script, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=60
+    )
     assert ran.stdout.split() == ["True", str(3 * sum(range(40)))], ran.stderr
 
 
@@ -306,8 +321,9 @@ def test_one_signal_commits_and_says_what_is_left(tmp_path, workers, number):
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 5 and time.monotonic() - asked < 5
     assert "rows are left (interrupted); run the same again" in said and "Ctrl+C again stops at once" in errors
-    computed = sum(int(x.split()[1]) for x in (tmp_path / "computed").read_text().splitlines())
-    assert len(pq.read_table(tmp_path / "out" / "data")) == computed > 0  # everything that was computed is on disk
+    assert (
+        len(pq.read_table(tmp_path / "out" / "data")) == computed(tmp_path) > 0
+    )  # everything that was computed is on disk
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -369,7 +385,9 @@ def test_overlap(tmp_path):
 
 def test_part_seconds_bounds_the_age_of_work(tmp_path):
     options = JobOptions(batch_tokens=4, num_shards=1, shard_index=0)
-    job = Job(numbers(80), Numbers(device=0.05), output_dir=tmp_path / "out", options=options, part_seconds=0.25, **QUIET)
+    job = Job(
+        numbers(80), Numbers(device=0.05), output_dir=tmp_path / "out", options=options, part_seconds=0.25, **QUIET
+    )
     job.run()
     sizes = [p.stop - p.start for p in job.settle()[1].parts()]
     assert max(sizes) <= 5 and sum(sizes) == 20
@@ -437,7 +455,15 @@ def test_string_ids_and_a_row_over_the_budget(tmp_path):
 
     sentences = ["a b", "w " * 90, "a", "c d e", None, "w " * 60]
     data = datasets.Dataset.from_dict({"text": sentences, "key": list("uvwxyz")})
-    job = Job(data, Words(), output_dir=tmp_path / "out", id_column="key", max_seq_len=70, options=JobOptions(batch_tokens=50), **QUIET)
+    job = Job(
+        data,
+        Words(),
+        output_dir=tmp_path / "out",
+        id_column="key",
+        max_seq_len=70,
+        options=JobOptions(batch_tokens=50),
+        **QUIET,
+    )
     assert job.run().complete and job.load().to_list() == [
         {"key": "u", "words": 2, "together": 3},
         {"key": "w", "words": 1, "together": 3},
@@ -465,7 +491,14 @@ def test_refusals_name_what_differs(tmp_path):
     def job(data=None, step=None, **options):
         own = {k: options.pop(k) for k in ("id_column", "max_seq_len", "window", "length_column") if k in options}
         options = JobOptions(**({"batch_tokens": 8} | options))
-        return Job(numbers(40) if data is None else data, step or Numbers(), output_dir=tmp_path / "out", options=options, **own, **QUIET)
+        return Job(
+            numbers(40) if data is None else data,
+            step or Numbers(),
+            output_dir=tmp_path / "out",
+            options=options,
+            **own,
+            **QUIET,
+        )
 
     class Other(Numbers):
         pass
@@ -531,7 +564,13 @@ def test_a_terminal_gets_bars(tmp_path, workers):
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), COLUMNS="120", TERM="xterm")
     env.pop("TQDM_DISABLE", None)
-    process = subprocess.Popen([sys.executable, "-c", LEAD.replace("2000", "300"), str(tmp_path), str(workers)], env=env, stdin=follower, stdout=follower, stderr=follower)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAD.replace("2000", "300"), str(tmp_path), str(workers)],
+        env=env,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
     os.close(follower)
     drawn = b""
     while True:
@@ -546,7 +585,9 @@ def test_a_terminal_gets_bars(tmp_path, workers):
     text = drawn.decode()
     assert "\r" in text and "300 of 300 rows" in text and "100%|" in text and "tokens/s" in text
     assert "worker 0: shard" in text and ("worker 1: s" in text) == (workers == 2)
-    assert text.replace("\r", "\n").strip().splitlines()[-1].startswith("300 of 300 rows are done")  # and the bar is gone by then
+    assert (
+        text.replace("\r", "\n").strip().splitlines()[-1].startswith("300 of 300 rows are done")
+    )  # and the bar is gone by then
 
 
 def test_status_from_another_process(tmp_path):
