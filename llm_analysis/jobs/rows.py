@@ -61,7 +61,7 @@ def slices(
         stop = min(start + size, len(rows))
         yield source.slice(start, stop - start) if isinstance(source, pa.Table) else source[start:stop]
 
-# %% ../../nbs/jobs/09_rows.ipynb #48e8146f
+# %% ../../nbs/jobs/09_rows.ipynb #004d50a9
 def row_ids(
     rows: Rows,  # what `prepare` takes
     column: str = "index",  # the column that names rows; without a column `index` they are numbered
@@ -88,6 +88,8 @@ def row_ids(
         again = int(seen.argmin())
         got = f"{ids[again].as_py()!r} in row {int(np.flatnonzero(codes == codes[again])[0])} and in row {again}"
         need(False, f"ids in {column!r} that are unique", got=got, do=fix)
+    top = pc.max(ids).as_py() if whole and len(ids) else 0
+    need(top < 2**63, "ids of at most 64 bits, one of them for the sign", got=top, do="store them as text")
     return _single(ids.cast(pa.int64() if whole else pa.string()))
 
 
