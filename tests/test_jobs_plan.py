@@ -94,6 +94,9 @@ def test_shards_cost_the_same(costs, shards):
     assert np.isclose(got.sum(), sum(costs)) and (got <= fair + max(costs) + slack).all()
     if plan.shards == min(shards, len(costs)):  # a batch larger than a share leaves fewer shards
         assert (abs(got - got.mean()) <= max(costs) + slack).all()
+        ends = np.flatnonzero(np.diff(plan.shard))
+        off = np.cumsum(plan.cost)[ends] - fair * np.arange(1, plan.shards)
+        assert (abs(off) <= max(costs) / 2 + slack).all()  # the nearest border, not the next
     else:
         assert max(costs) >= fair * (1 - 1e-9)
     assert (np.diff(got) <= slack).all()  # costliest first
@@ -109,6 +112,10 @@ def test_shards_of_equal_rows_are_equal():
 def test_ties_are_broken_by_row_and_the_longest_comes_first():
     plan = make_plan([3, 5, 3, 5, 3], batch_tokens=6, shards=2)
     assert plan.order.tolist() == [1, 3, 0, 2, 4] and plan.first.tolist() == [0, 1, 2, 4, 5]
+    many = np.random.default_rng(0).integers(1, 5, 5000)
+    for wide in (0, 10**6):
+        order = make_plan(many + wide, batch_tokens=64).order
+        assert order.tolist() == sorted(range(5000), key=lambda i: -many[i])
 
 
 @given(lengths_, st.integers(1, 12))
@@ -152,6 +159,7 @@ def test_small_plans():
 def test_wide_lengths_sort_like_narrow_ones():
     lengths = np.array([70_000, 1, 70_001, 1, 69_999])
     assert make_plan(lengths, batch_tokens=8).order.tolist() == [2, 0, 4, 1, 3]
+    assert make_plan([100, 60_000, 66_000], batch_tokens=8).order.tolist() == [2, 1, 0]
     assert make_plan(np.array([3, 200], np.uint8), batch_tokens=8).order.tolist() == [1, 0]
 
 

@@ -114,17 +114,17 @@ def _cut(
         at = min(last + rows, walls[bisect_right(walls, last)])
     return np.concatenate(starts)
 
-# %% ../../nbs/jobs/10_plan.ipynb #bfc1527c
+# %% ../../nbs/jobs/10_plan.ipynb #71b98a55
 def _share(
     cost: Float[np.ndarray, " _"],  # of each batch, in planned order
     shards: int,  # how many are wanted; never more than batches
 ) -> Int[np.ndarray, " _"]:  # shard of each batch; 0 costs the most
     "Runs of neighbouring batches of nearly equal cost, numbered by falling cost"
-    total = np.cumsum(cost)
-    if not len(cost) or not total[-1]:
-        return np.arange(len(cost)) * min(shards, len(cost)) // max(len(cost), 1)
-    middle = (total - cost / 2) / total[-1] * min(shards, len(cost))
-    run = np.unique(middle.astype(np.int64).clip(max=shards - 1), return_inverse=True)[1]
+    total, count = np.cumsum(cost), min(shards, len(cost))
+    if not count or not total[-1]:
+        return np.arange(len(cost)) * count // max(len(cost), 1)
+    middle = (total - cost / 2) / total[-1] * count
+    run = np.unique(middle.astype(np.int64).clip(max=count - 1), return_inverse=True)[1]
     rank = np.argsort(np.argsort(-np.bincount(run, cost), kind="stable"), kind="stable")
     return rank[run]
 
