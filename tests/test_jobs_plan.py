@@ -339,6 +339,14 @@ NEARLY = [
 ]
 
 
+@pytest.mark.parametrize("kind", [pa.int32(), pa.large_binary(), pa.large_string(), pa.bool_(), pa.float64()])
+def test_a_slice_is_what_it_shows(kind):
+    values = pa.array([str(i) for i in range(9)]) if "large" in str(kind) else pa.array([i % 2 for i in range(9)])
+    a = values.cast(kind)
+    fresh = pa.array(a.to_pylist()[1:4], kind)
+    assert contents(pa.table({"t": a[1:4]})) == contents(pa.table({"t": fresh})) != contents(pa.table({"t": a[:3]}))
+
+
 def test_near_misses_have_different_digests():
     assert len({contents(pa.table({"t": v}))["t"] for v in NEARLY}) == len(NEARLY)
 

@@ -191,7 +191,7 @@ def spec_fingerprint(
     "The name of a run"
     return digest(json.dumps(spec, sort_keys=True))
 
-# %% ../../nbs/jobs/11_identity.ipynb #3860532a
+# %% ../../nbs/jobs/11_identity.ipynb #037423c5
 _NONE = "(nothing)"  # stands for a key that only the other side has; JSON text never looks like it
 
 
@@ -220,7 +220,7 @@ def differences(
         found = (differences(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new)))
         return [d for part in found for d in part]
     a, b = (v if v is _NONE else json.dumps(v, sort_keys=True, ensure_ascii=False) for v in (old, new))
-    if a == b and (a is _NONE) == (b is _NONE):
+    if a == b:
         return []
     from_ = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return [f"{where}: old {_around(a, from_)} → new {_around(b, from_)}"]
