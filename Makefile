@@ -11,7 +11,7 @@ QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::Dep
 PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not burn the core that others need
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install demo test check format nb nbs lab docs bench slow hooks readme constraints clean
+.PHONY: help install demo test check format nb nbs lab docs bench slow torture hooks readme constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench: $(READY) ## measure every claim of speed and accuracy (minutes); results 
 slow: $(READY) ## the cells and tests that are too slow for every day (re-training included: up to an hour)
 	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --flags slow --timing
 	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest -m slow
+
+torture: $(READY) ## kill, stop and restart a long run for an hour: every row exactly once (SEEDS="0 1" for fewer)
+	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_storm.py $(SEEDS)
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tools/readme.py

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SUSPECT', 'CONVICTED', 'FATAL_ROW', 'Task', 'Dispatch', 'Brief']
 
-# %% ../../nbs/jobs/16_dispatch.ipynb #2e8f3c35
+# %% ../../nbs/jobs/16_dispatch.ipynb #a05d6074
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastcore.basics import patch
 from .parts import Log
 from .plan import Plan
 from .step import Source, Step
@@ -30,7 +31,7 @@ class Task:
 
 SUSPECT, CONVICTED, FATAL_ROW = 2, 8, 3  # deaths of workers on one batch, and on one row
 
-# %% ../../nbs/jobs/16_dispatch.ipynb #29cb5a4e
+# %% ../../nbs/jobs/16_dispatch.ipynb #655d0deb
 class Dispatch:
     "Hands out what is missing, costliest shard first"
 
@@ -58,44 +59,52 @@ class Dispatch:
                 return self._narrow(shard, *missing[0])
         return None
 
-    def _narrow(self, shard: int, start: int, stop: int) -> Task:
-        "The range, up to a batch under suspicion, or that batch alone"
-        suspects = [b for (s, b), n in self.deaths.items() if s == shard and start <= b < stop and n >= SUSPECT]
-        first = min(suspects, default=stop)
-        if first > start:
-            return Task(shard, start, first)
-        if self.deaths[shard, first] < CONVICTED:
-            return Task(shard, first, first + 1)
-        dead = {p: n for (s, b, p), n in self.row_deaths.items() if (s, b) == (shard, first) and n >= FATAL_ROW}
-        known = tuple((p, f"killed its worker: {self.reasons[shard, first, p]}") for p in sorted(dead))
-        return Task(shard, first, first + 1, True, known)
+# %% ../../nbs/jobs/16_dispatch.ipynb #37a16d26
+@patch
+def done(self: Dispatch, task: Task) -> None:
+    "A worker came back: whatever is left of the shard goes to the front"
+    for key in [k for k in self.deaths if k[0] == task.shard and task.start <= k[1] < task.stop]:
+        del self.deaths[key]
+    self.queue.appendleft(task.shard)
 
-    def done(self, task: Task) -> None:
-        "A worker came back: whatever is left of the shard goes to the front"
-        for key in [k for k in self.deaths if k[0] == task.shard and task.start <= k[1] < task.stop]:
-            del self.deaths[key]
-        self.queue.appendleft(task.shard)
 
-    def hand_on(self, task: Task) -> None:
-        "A worker fell silent, or stopped before the end: its shard goes to somebody else"
-        self.queue.appendleft(task.shard)
+@patch
+def hand_on(self: Dispatch, task: Task) -> None:
+    "A worker fell silent, or stopped before the end: its shard goes to somebody else"
+    self.queue.appendleft(task.shard)
 
-    def died(
-        self,
-        task: Task,
-        running: int | None,  # the batch it was computing
-        place: int | None,  # the row's place in it, where rows are computed one by one
-        how: str,  # such as signal 9
-    ) -> None:
-        "A worker died: its shard goes to somebody else, and the batch that it was computing is remembered"
-        self.queue.appendleft(task.shard)
-        if running is not None:
-            self.deaths[task.shard, running] += 1
-            if place is not None:
-                self.row_deaths[task.shard, running, place] += 1
-                self.reasons[task.shard, running, place] = how
 
-# %% ../../nbs/jobs/16_dispatch.ipynb #c24d5cdd
+@patch
+def died(
+    self: Dispatch,
+    task: Task,
+    running: int | None,  # the batch it was computing
+    place: int | None,  # the row's place in it, where rows are computed one by one
+    how: str,  # such as signal 9
+) -> None:
+    "A worker died: its shard goes to somebody else, and the batch that it was computing is remembered"
+    self.queue.appendleft(task.shard)
+    if running is not None:
+        self.deaths[task.shard, running] += 1
+        if place is not None:
+            self.row_deaths[task.shard, running, place] += 1
+            self.reasons[task.shard, running, place] = how
+
+# %% ../../nbs/jobs/16_dispatch.ipynb #8493cc25
+@patch
+def _narrow(self: Dispatch, shard: int, start: int, stop: int) -> Task:
+    "The range, up to a batch under suspicion, or that batch alone"
+    suspects = [b for (s, b), n in self.deaths.items() if s == shard and start <= b < stop and n >= SUSPECT]
+    first = min(suspects, default=stop)
+    if first > start:
+        return Task(shard, start, first)
+    if self.deaths[shard, first] < CONVICTED:
+        return Task(shard, first, first + 1)
+    dead = {p: n for (s, b, p), n in self.row_deaths.items() if (s, b) == (shard, first) and n >= FATAL_ROW}
+    known = tuple((p, f"killed its worker: {self.reasons[shard, first, p]}") for p in sorted(dead))
+    return Task(shard, first, first + 1, True, known)
+
+# %% ../../nbs/jobs/16_dispatch.ipynb #3ec66c8f
 @dataclass(frozen=True, eq=False)
 class Brief:
     "A run, as a worker sees it"
@@ -124,7 +133,7 @@ class Brief:
         if not task.alone:
             own = dict(loop=self.loop, halt=halt, report=report, say=say)
             return work(self.step, self.source, self.plan, log, task.shard, task.start, task.stop, **own).ended
-        places = self.plan.batch(self.plan.of(task.shard)[task.start])
+        places = self.plan.batch(int(self.plan.of(task.shard)[task.start]))
         rows = self.source.rows(self.plan.order[places])
         now = Now(task.shard, task.start, task.start, task.start, task.start)
         say(f"computing {len(rows)} rows one by one, after {CONVICTED} workers died on their batch")

@@ -6,7 +6,8 @@
 __all__ = ['contents', 'schema_to_json', 'schema_from_json', 'make_spec', 'spec_fingerprint', 'differences', 'read_spec', 'check',
            'save_spec']
 
-# %% ../../nbs/jobs/11_identity.ipynb #a64923ca
+# %% ../../nbs/jobs/11_identity.ipynb #fe76fb8b
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from ..core import WorldError, digest, need
 from .plan import Plan
 from .rows import Rows, prepare, row_ids, slices
 
-# %% ../../nbs/jobs/11_identity.ipynb #6e74c89d
+# %% ../../nbs/jobs/11_identity.ipynb #d74b9e36
 def _feed(
     seen: "hashlib._Hash",  # is updated
     a: pa.Array,
@@ -41,6 +42,9 @@ def _feed(
     if a.null_count:
         seen.update(np.packbits(a.is_null().to_numpy(zero_copy_only=False)))
     a = a if pa.types.is_struct(a.type) else a.drop_null()
+    if pa.types.is_map(a.type):
+        pair = [pa.field("key", a.type.key_type, nullable=False), pa.field("value", a.type.item_type)]
+        a = a.cast(pa.list_(pa.struct(pair)))
     if pa.types.is_struct(a.type):
         for child in a.flatten():  # carries the nulls and the offset of its parent
             _feed(seen, child)
@@ -59,7 +63,7 @@ def _feed(
         width = a.type.bit_width // 8
         seen.update(memoryview(a.buffers()[1])[a.offset * width : (a.offset + len(a)) * width])
 
-
+# %% ../../nbs/jobs/11_identity.ipynb #ec2330ad
 def contents(
     rows: Rows,  # a `datasets.Dataset`, a `pyarrow.Table` or a list of dictionaries
 ) -> dict[str, str]:  # column → digest of its values, in the order of the columns
@@ -73,7 +77,7 @@ def contents(
                 _feed(seen, a)
     return {name: seen.hexdigest()[:16] for name, seen in hashes.items()}
 
-# %% ../../nbs/jobs/11_identity.ipynb #aa75b95f
+# %% ../../nbs/jobs/11_identity.ipynb #b0c92e8e
 def schema_to_json(
     schema: pa.Schema,
 ) -> dict:  # {"order": [names], "types": {name: type}}
@@ -90,7 +94,7 @@ def schema_from_json(
     "The schema again"
     return pa.schema(_fields_from_json(made))
 
-
+# %% ../../nbs/jobs/11_identity.ipynb #40c21f57
 def _fields_to_json(fields: list[pa.Field]) -> dict:
     "Columns, or members of a struct"
     types = {f.name: _type_to_json(f.type) if f.nullable else {"never null": _type_to_json(f.type)} for f in fields}
@@ -106,7 +110,7 @@ def _fields_from_json(made: dict) -> list[pa.Field]:
         out.append(pa.field(name, _type_from_json(t["never null"] if never else t), nullable=not never))
     return out
 
-
+# %% ../../nbs/jobs/11_identity.ipynb #f6543063
 _LISTS = {"list": pa.list_, "large_list": pa.large_list}
 
 
@@ -187,7 +191,20 @@ def spec_fingerprint(
     "The name of a run"
     return digest(json.dumps(spec, sort_keys=True))
 
-# %% ../../nbs/jobs/11_identity.ipynb #0c1a50de
+# %% ../../nbs/jobs/11_identity.ipynb #037423c5
+_NONE = "(nothing)"  # stands for a key that only the other side has; JSON text never looks like it
+
+
+def _around(text: str, at: int) -> str:
+    "The part of a long text in which it differs"
+    start, stop = max(at - 20, 0), max(at - 20, 0) + 80
+    return (
+        ("…" if start and len(text) > 80 else "")
+        + text[start if len(text) > 80 else 0 : stop]
+        + "…" * (len(text) > stop)
+    )
+
+
 def differences(
     old: object,  # what is there: plain JSON
     new: object,  # what is wanted
@@ -203,25 +220,12 @@ def differences(
         found = (differences(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new)))
         return [d for part in found for d in part]
     a, b = (v if v is _NONE else json.dumps(v, sort_keys=True, ensure_ascii=False) for v in (old, new))
-    if a == b and (a is _NONE) == (b is _NONE):
+    if a == b:
         return []
     from_ = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return [f"{where}: old {_around(a, from_)} → new {_around(b, from_)}"]
 
-
-_NONE = "(nothing)"  # stands for a key that only the other side has; JSON text never looks like it
-
-
-def _around(text: str, at: int) -> str:
-    "The part of a long text in which it differs"
-    start, stop = max(at - 20, 0), max(at - 20, 0) + 80
-    return (
-        ("…" if start and len(text) > 80 else "")
-        + text[start if len(text) > 80 else 0 : stop]
-        + "…" * (len(text) > stop)
-    )
-
-# %% ../../nbs/jobs/11_identity.ipynb #e81c54be
+# %% ../../nbs/jobs/11_identity.ipynb #a81397a3
 _SPEC = Path("_job") / "spec.json"
 
 
@@ -241,13 +245,15 @@ def read_spec(
     need(ok, f"an intact {_SPEC} in {Path(folder).name!r}", got="a damaged one", do=fix, error=WorldError)
     return held["spec"]
 
-
+# %% ../../nbs/jobs/11_identity.ipynb #07cc18b8
 def check(
     folder: str | os.PathLike,  # output folder
     spec: dict,  # the run that wants to use it
 ) -> bool:  # True: the same run is there and goes on; False: the folder is free
     "Refuse a folder that holds another run (`InputError` naming every difference) or something else (`WorldError`)"
     folder = Path(folder)
+    fix = "name another output directory"
+    need(folder.is_dir() or not folder.exists(), "a folder", got=f"the file {folder.name!r}", do=fix, error=WorldError)
     held = read_spec(folder)
     if held is None:
         names = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
@@ -263,7 +269,7 @@ def check(
     need(not found, f"the run that is in {folder.name!r}", got=f"another one: {'; '.join(found)}", do=fix)
     return True
 
-
+# %% ../../nbs/jobs/11_identity.ipynb #fca81257
 def save_spec(
     folder: str | os.PathLike,  # output folder; it is made
     spec: dict,
@@ -279,6 +285,26 @@ def save_spec(
             json.dump({"fingerprint": spec_fingerprint(spec), "spec": spec}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # another run was faster; it is compared below
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+    check(folder, spec)
+
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # a file system without hard links
+
+
+def _sync(folder: Path) -> None:
+    "Make the names in `folder` durable"
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -167,7 +167,7 @@ def move_aside(
     os.rename(folder, target)
     return target
 
-# %% ../../nbs/jobs/18_job.ipynb #22bf1c93
+# %% ../../nbs/jobs/18_job.ipynb #c450eed7
 STATIC = 8  # shards of each process in static mode
 
 
@@ -194,36 +194,40 @@ class _Planned:
         own = dict(batch_tokens=o.batch_tokens, max_batch_size=o.max_batch_size, **self.planning)
         return own | dict(static=None if o.num_shards is None else o.num_shards * STATIC)
 
-    def plan(self) -> Plan:
-        "The plan on disk if it fits, else a new one"
-        path, held, wanted = self.folder / "_job" / "plan.parquet", identity.read_spec(self.folder), self.wanted()
-        if held and path.exists():
-            plan = load_plan(path)
-            if wanted == {k: v for k, v in plan.settings.items() if k != "shards"}:
-                return plan
-        shards = held["plan"]["shards"] if held else max(160, 20 * self.options.num_workers)
-        if len(self.source) > 10_000:
-            self.say(f"measuring {len(self.source):,} rows")
-        own = dict(length_column=self.length_column, on_error=self.loop.on_error, workers=self.options.num_workers)
-        m = measure(self.source.data, self.step, **own)
-        return make_plan(m.length, m.cost, reasons=m.reason, shards=shards, **wanted)
+# %% ../../nbs/jobs/18_job.ipynb #dbcacd66
+@patch
+def plan(self: _Planned) -> Plan:
+    "The plan on disk if it fits, else a new one"
+    path, held, wanted = self.folder / "_job" / "plan.parquet", identity.read_spec(self.folder), self.wanted()
+    if held and path.exists():
+        plan = load_plan(path)
+        if wanted == {k: v for k, v in plan.settings.items() if k != "shards"}:
+            return plan
+    shards = held["plan"]["shards"] if held else max(160, 20 * self.options.num_workers)
+    if len(self.source) > 10_000:
+        self.say(f"measuring {len(self.source):,} rows")
+    own = dict(length_column=self.length_column, on_error=self.loop.on_error, workers=self.options.num_workers)
+    m = measure(self.source.data, self.step, **own)
+    return make_plan(m.length, m.cost, reasons=m.reason, shards=shards, **wanted)
 
-    def settle(self) -> tuple[Plan, Log]:
-        "The plan and the log of this run, in a folder that is this run's"
-        ids = row_ids(self.source.data, self.id_column)
-        kind = self.step.schema.field(0).type
-        fix = "give the schema's first column the type of the ids"
-        need(kind == ids.type or not len(ids), f"ids of type {kind}", got=ids.type, do=fix)
-        if self.options.force_restart and (old := move_aside(self.folder)):
-            self.say(f"the older run is now in {old.name}")
-        plan, step = self.plan(), self.step
-        settings = {**step.settings(), **({"length_column": self.length_column} if self.length_column else {})}
-        own = dict(step=type(step).__name__, version=step.version, settings=settings, schema=step.schema, plan=plan)
-        spec = identity.make_spec(self.source.data, id_column=self.id_column, **own)
-        identity.save_spec(self.folder, spec)
-        if not (self.folder / "_job" / "plan.parquet").exists():
-            save_plan(plan, self.folder / "_job" / "plan.parquet")
-        return plan, Log(self.folder, identity.spec_fingerprint(spec), step.schema, say=self.say)
+
+@patch
+def settle(self: _Planned) -> tuple[Plan, Log]:
+    "The plan and the log of this run, in a folder that is this run's"
+    ids = row_ids(self.source.data, self.id_column)
+    kind = self.step.schema.field(0).type
+    fix = "give the schema's first column the type of the ids"
+    need(kind == ids.type or not len(ids), f"ids of type {kind}", got=ids.type, do=fix)
+    if self.options.force_restart and (old := move_aside(self.folder)):
+        self.say(f"the older run is now in {old.name}")
+    plan, step = self.plan(), self.step
+    settings = {**step.settings(), **({"length_column": self.length_column} if self.length_column else {})}
+    own = dict(step=type(step).__name__, version=step.version, settings=settings, schema=step.schema, plan=plan)
+    spec = identity.make_spec(self.source.data, id_column=self.id_column, **own)
+    identity.save_spec(self.folder, spec)
+    if not (self.folder / "_job" / "plan.parquet").exists():
+        save_plan(plan, self.folder / "_job" / "plan.parquet")
+    return plan, Log(self.folder, identity.spec_fingerprint(spec), step.schema, say=self.say)
 
 # %% ../../nbs/jobs/18_job.ipynb #b44db502
 def open_run(
@@ -237,7 +241,7 @@ def open_run(
     schema = identity.schema_from_json(spec["schema"])
     return load_plan(folder / "_job" / "plan.parquet"), Log(folder, identity.spec_fingerprint(spec), schema)
 
-# %% ../../nbs/jobs/18_job.ipynb #22745c6c
+# %% ../../nbs/jobs/18_job.ipynb #5b55ad1e
 class Job(_Planned):
     "A run of a step over a data set; construct it again, the same, to continue or to look at the results"
 
@@ -263,32 +267,36 @@ class Job(_Planned):
         super().__init__(dataset, step, output_dir, o, id_column, max_seq_len, length_column, window, loop)
         self.devices, self.patience, self.progress = devices, patience, progress
 
-    def shards(self, plan: Plan) -> list[int]:
-        "Shards that this process computes"
-        n, i = self.options.num_shards, self.options.shard_index
-        return [s for s in range(plan.shards) if n is None or s % n == i]
+# %% ../../nbs/jobs/18_job.ipynb #dbdfb93f
+@patch
+def shards(self: Job, plan: Plan) -> list[int]:
+    "Shards that this process computes"
+    n, i = self.options.num_shards, self.options.shard_index
+    return [s for s in range(plan.shards) if n is None or s % n == i]
 
-    def run(self) -> Summary:
-        "Compute what is missing; stops early, with everything on disk, when the time is up or Ctrl+C is pressed"
-        began, stop = time.monotonic(), _Stop(self.options.max_runtime_minutes)
-        plan, log = self.settle()
-        mine = self.shards(plan)
-        if not plan.batches and not log.parts():
-            log.publish(0, 0, [Chunk(self.step.schema.empty_table())])
-        share = [self.options.num_shards, self.options.shard_index]
-        others = [b for b in beats(self.folder) if b.get("share") == share and b["pid"] != os.getpid()]
-        progress = Progress(plan, log, mine, name=self.folder.name, show=self.progress, about=dict(share=share))
-        control, stop.say = _Control(stop, progress), progress.write
-        for b in others:
-            control.say(f"process {b['pid']} on {b['host']} works on this too: harmless, but some work is done twice")
-        before, deaths = progress.snapshot()["done"], 0
-        try:
-            with stop.listening():
-                deaths = self._execute(plan, log, Dispatch(plan, log, mine, backwards=bool(others)), control)
-        finally:
-            progress.close()
-        checking.write_manifest(log)
-        return self._summary(plan, log, before, time.monotonic() - began, deaths, stop.why)
+
+@patch
+def run(self: Job) -> Summary:
+    "Compute what is missing; stops early, with everything on disk, when the time is up or Ctrl+C is pressed"
+    began, stop = time.monotonic(), _Stop(self.options.max_runtime_minutes)
+    plan, log = self.settle()
+    mine = self.shards(plan)
+    if not plan.batches and not log.parts():
+        log.publish(0, 0, [Chunk(self.step.schema.empty_table())])
+    share = [self.options.num_shards, self.options.shard_index]
+    others = [b for b in beats(self.folder) if b.get("share") == share and b["pid"] != os.getpid()]
+    progress = Progress(plan, log, mine, name=self.folder.name, show=self.progress, about=dict(share=share))
+    control, stop.say = _Control(stop, progress), progress.write
+    for b in others:
+        control.say(f"process {b['pid']} on {b['host']} works on this too: harmless, but some work is done twice")
+    before, deaths = progress.snapshot()["done"], 0
+    try:
+        with stop.listening():
+            deaths = self._execute(plan, log, Dispatch(plan, log, mine, backwards=bool(others)), control)
+    finally:
+        progress.close()
+    checking.write_manifest(log)
+    return self._summary(plan, log, before, time.monotonic() - began, deaths, stop.why)
 
 # %% ../../nbs/jobs/18_job.ipynb #c14ccff6
 class _Control:
@@ -323,7 +331,7 @@ def _summary(self: Job, plan: Plan, log: Log, before: int, seconds: float, death
     ended = "complete" if done == rows else why
     return Summary(self.folder, rows, done, **counts, **size, seconds=seconds, deaths=deaths, ended=ended)
 
-# %% ../../nbs/jobs/18_job.ipynb #c41239d3
+# %% ../../nbs/jobs/18_job.ipynb #a0882181
 @patch
 def status(self: Job) -> Status:
     "How far the run is, whoever is at work on it"
@@ -344,7 +352,7 @@ def verify(self: Job, repair: bool = False) -> checking.Report:
 
     def expected(part: Part) -> list:
         "Ids of the rows that a part covers"
-        batches = plan.of(part.shard)[part.start : part.stop] if plan.batches else []
+        batches = plan.of(part.shard)[part.start : part.stop].tolist() if plan.batches else []
         return [i for b in batches for i in ids.take(pa.array(plan.order[plan.batch(b)])).to_pylist()]
 
     sizes = [len(plan.of(s)) for s in range(plan.shards)]

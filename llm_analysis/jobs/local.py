@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Control', 'run_here', 'find_devices', 'serve', 'run_local']
 
-# %% ../../nbs/jobs/17_local.ipynb #65f8c83f
+# %% ../../nbs/jobs/17_local.ipynb #a2e449ee
 import json
 import os
 import queue
@@ -22,13 +22,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+from fastcore.basics import patch
 
 from ..core import InputError, WorldError
 from .dispatch import Brief, Dispatch, Task
 from .work import Now, StepError, unusable
 
-# %% ../../nbs/jobs/17_local.ipynb #643c5fd4
+# %% ../../nbs/jobs/17_local.ipynb #83d130d1
+@runtime_checkable
 class Control(Protocol):
     "What an executor is told, and where it reports"
 
@@ -153,7 +155,7 @@ class _Server:
     def halt(self) -> bool:
         return self.leaving or self.stopped >= self.task
 
-# %% ../../nbs/jobs/17_local.ipynb #0d2074e8
+# %% ../../nbs/jobs/17_local.ipynb #85347302
 def _steps(server: _Server, brief: Brief, device: str) -> None:
     "Set up, then compute what is sent until told to leave"
     say = lambda text: server.send("say", text=text)
@@ -172,7 +174,7 @@ def _steps(server: _Server, brief: Brief, device: str) -> None:
         server.now = None
         server.send("done", ended=ended)
 
-
+# %% ../../nbs/jobs/17_local.ipynb #08f3bad7
 def serve(
     end: int,  # descriptor of the socket to the parent
     brief: int,  # descriptor of a file with the brief
@@ -242,7 +244,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from llm_analysis.jobs.local import serve
 serve(*json.loads(sys.argv[2]))"""
 
-# %% ../../nbs/jobs/17_local.ipynb #ddb07d23
+# %% ../../nbs/jobs/17_local.ipynb #df2019d3
 class _Hiring:
     "Starts workers and ends them"
 
@@ -270,33 +272,37 @@ class _Hiring:
         self.hands.append(hand)
         return hand
 
-    def bury(self, hand: _Hand) -> None:
-        "End a worker's process, if it has not ended, and forget it"
-        with suppress(subprocess.TimeoutExpired):
-            hand.process.wait(0.2)
-        if hand.process.returncode is None:
+# %% ../../nbs/jobs/17_local.ipynb #69cc1466
+@patch
+def bury(self: _Hiring, hand: _Hand) -> None:
+    "End a worker's process, if it has not ended, and forget it"
+    with suppress(subprocess.TimeoutExpired):
+        hand.process.wait(0.2)
+    if hand.process.returncode is None:
+        hand.process.kill()
+    with suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends a process inside a dead network mount
+        hand.process.wait(5)
+    self.selector.unregister(hand.wire.end)
+    hand.wire.end.close()
+    self.hands.remove(hand)
+
+
+@patch
+def close(self: _Hiring, kindly: bool = True) -> None:
+    "End all workers: idle ones leave by themselves, the others are killed"
+    for hand in self.hands:
+        hand.wire.send({"kind": "leave"}) if kindly else hand.process.kill()
+    end = time.monotonic() + 2
+    while kindly and time.monotonic() < end and any(h.process.poll() is None for h in self.hands if not h.silent):
+        time.sleep(0.01)
+    for hand in list(self.hands):
+        if hand.process.poll() is None:
             hand.process.kill()
-        with suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends a process inside a dead network mount
-            hand.process.wait(5)
-        self.selector.unregister(hand.wire.end)
-        hand.wire.end.close()
-        self.hands.remove(hand)
+        self.bury(hand)
+    self.selector.close()
+    os.close(self.copy)
 
-    def close(self, kindly: bool = True) -> None:
-        "End all workers: idle ones leave by themselves, the others are killed"
-        for hand in self.hands:
-            hand.wire.send({"kind": "leave"}) if kindly else hand.process.kill()
-        end = time.monotonic() + 2
-        while kindly and time.monotonic() < end and any(h.process.poll() is None for h in self.hands if not h.silent):
-            time.sleep(0.01)
-        for hand in list(self.hands):
-            if hand.process.poll() is None:
-                hand.process.kill()
-            self.bury(hand)
-        self.selector.close()
-        os.close(self.copy)
-
-# %% ../../nbs/jobs/17_local.ipynb #8d9c3b03
+# %% ../../nbs/jobs/17_local.ipynb #597f7bdb
 class _Hearing(_Hiring):
     "Listens to workers"
 
@@ -321,28 +327,30 @@ class _Hearing(_Hiring):
             if over or not hand.wire.open:
                 self.died(hand)
 
-    def heard(self, hand: _Hand, message: dict) -> None:
-        "One message"
-        kind, current = message["kind"], message["task"] == hand.number and hand.task is not None
-        if kind == "ready":
-            hand.ready, self.stillborn = True, 0
-        elif kind == "beat" and current and message["now"]:
-            hand.now = Now(**message["now"])
-            self.control.seen(hand.name, hand.now)
-        elif kind == "done" and current:
-            self.dispatch.done(hand.task) if message["ended"] else self.dispatch.hand_on(hand.task)
-            shard, hand.task, hand.now = hand.task.shard, None, None
-            self.control.settled(hand.name, shard, "waiting")
-        elif kind in ("say", "broken"):
-            self.control.say(f"{hand.name}: {message['text']}")
-        elif kind == "error":
-            error = StepError if message["step"] else WorldError
-            self.failure = self.failure or error(message["text"])
-        if hand.silent:  # it is back: what it was doing is done by somebody else
-            hand.told = hand.told or hand.wire.send({"kind": "stop", "task": self.tasks})
-            hand.silent = not (kind == "done" or (kind == "beat" and message["now"] is None))
+# %% ../../nbs/jobs/17_local.ipynb #d924a12e
+@patch
+def heard(self: _Hearing, hand: _Hand, message: dict) -> None:
+    "One message"
+    kind, current = message["kind"], message["task"] == hand.number and hand.task is not None
+    if kind == "ready":
+        hand.ready, self.stillborn = True, 0
+    elif kind == "beat" and current and message["now"]:
+        hand.now = Now(**message["now"])
+        self.control.seen(hand.name, hand.now)
+    elif kind == "done" and current:
+        self.dispatch.done(hand.task) if message["ended"] else self.dispatch.hand_on(hand.task)
+        shard, hand.task, hand.now = hand.task.shard, None, None
+        self.control.settled(hand.name, shard, "waiting")
+    elif kind in ("say", "broken"):
+        self.control.say(f"{hand.name}: {message['text']}")
+    elif kind == "error":
+        error = StepError if message["step"] else WorldError
+        self.failure = self.failure or error(message["text"])
+    if hand.silent:  # it is back: what it was doing is done by somebody else
+        hand.told = hand.told or hand.wire.send({"kind": "stop", "task": self.tasks})
+        hand.silent = not (kind == "done" or (kind == "beat" and message["now"] is None))
 
-# %% ../../nbs/jobs/17_local.ipynb #8652771f
+# %% ../../nbs/jobs/17_local.ipynb #329d91bd
 class _Crew(_Hearing):
     "Watches workers"
 
@@ -362,49 +370,55 @@ class _Crew(_Hearing):
             text = f"expected workers that start; got {hand.how()} {self.stillborn} times: {last[0]}"
             self.failure = WorldError(f"{text}; see {hand.output.name} in _job/log, or try one worker")
 
-    def judge(self) -> None:
-        "Whoever is silent loses the task, and in the end its life"
-        for hand in list(self.hands):
-            quiet = time.monotonic() - hand.heard
-            if quiet > self.patience and not hand.silent and hand.ready:
-                hand.silent = True
-                self.control.seen(hand.name, "silent")
-                if hand.task is not None:
-                    self.control.say(f"{hand.name} has been silent for {quiet:.0f} s: its shard goes to another")
-                    shard, hand.task = hand.task.shard, None
-                    self.dispatch.queue.appendleft(shard)
-                    self.control.settled(hand.name, shard, "silent")
-            if quiet > 6 * max(self.patience, 1.0 if hand.ready else 60.0):
-                hand.process.kill()
-                self.died(hand)
-
-    def assign(self) -> None:
-        "Give tasks to idle workers, and start as many workers as there is work for"
+# %% ../../nbs/jobs/17_local.ipynb #3c1a5048
+@patch
+def run(self: _Crew) -> None:
+    "Until nothing is left, or until told to stop"
+    while True:
+        self.hear(0.1)
+        self.judge()
+        halting = self.control.halt() or self.failure
+        if not halting:
+            self.assign()
         for hand in self.hands:
-            if hand.ready and not hand.silent and hand.task is None and (task := self.dispatch.next()):
-                self.tasks += 1
-                hand.task, hand.number, hand.now, hand.told = task, self.tasks, None, False
-                hand.wire.send({"kind": "task", "task": self.tasks, "work": asdict(task)})
-        busy = sum(hand.task is not None for hand in self.hands)
-        while len(self.hands) < min(self.workers, busy + len(self.dispatch.queue)):
-            self.control.seen(self.hire().name, "setting up")
+            if halting and hand.task is not None and not hand.told:
+                hand.told = hand.wire.send({"kind": "stop", "task": hand.number})
+        busy = any(hand.task is not None for hand in self.hands)
+        if not busy and (halting or not self.dispatch.queue):
+            break
+    if self.failure:
+        raise self.failure
 
-    def run(self) -> None:
-        "Until nothing is left, or until told to stop"
-        while True:
-            self.hear(0.1)
-            self.judge()
-            halting = self.control.halt() or self.failure
-            if not halting:
-                self.assign()
-            for hand in self.hands:
-                if halting and hand.task is not None and not hand.told:
-                    hand.told = hand.wire.send({"kind": "stop", "task": hand.number})
-            busy = any(hand.task is not None for hand in self.hands)
-            if not busy and (halting or not self.dispatch.queue):
-                break
-        if self.failure:
-            raise self.failure
+# %% ../../nbs/jobs/17_local.ipynb #78012d43
+@patch
+def judge(self: _Crew) -> None:
+    "Whoever is silent loses the task, and in the end its life"
+    for hand in list(self.hands):
+        quiet = time.monotonic() - hand.heard
+        if quiet > self.patience and not hand.silent and hand.ready:
+            hand.silent = True
+            self.control.seen(hand.name, "silent")
+            if hand.task is not None:
+                self.control.say(f"{hand.name} has been silent for {quiet:.0f} s: its shard goes to another")
+                shard, hand.task = hand.task.shard, None
+                self.dispatch.queue.appendleft(shard)
+                self.control.settled(hand.name, shard, "silent")
+        if quiet > 6 * max(self.patience, 1.0 if hand.ready else 60.0):
+            hand.process.kill()
+            self.died(hand)
+
+
+@patch
+def assign(self: _Crew) -> None:
+    "Give tasks to idle workers, and start as many workers as there is work for"
+    for hand in self.hands:
+        if hand.ready and not hand.silent and hand.task is None and (task := self.dispatch.next()):
+            self.tasks += 1
+            hand.task, hand.number, hand.now, hand.told = task, self.tasks, None, False
+            hand.wire.send({"kind": "task", "task": self.tasks, "work": asdict(task)})
+    busy = sum(hand.task is not None for hand in self.hands)
+    while len(self.hands) < min(self.workers, busy + len(self.dispatch.queue)):
+        self.control.seen(self.hire().name, "setting up")
 
 # %% ../../nbs/jobs/17_local.ipynb #53834880
 def run_local(

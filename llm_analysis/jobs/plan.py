@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Integer, Num
 
 from ..core import WorldError, digest, need
 
-# %% ../../nbs/jobs/10_plan.ipynb #f7713ac7
+# %% ../../nbs/jobs/10_plan.ipynb #9996c645
 @dataclass(frozen=True, eq=False)
 class Plan:
     "The order, the batches and the shards of one run; two plans are equal if their fingerprints are"
@@ -53,53 +53,46 @@ class Plan:
 
     def of(self, shard: int) -> Int[np.ndarray, " _"]:
         "Batches of `shard` in the order in which they are computed"
-        low, high = np.searchsorted(self._sorted_shard, [shard, shard + 1])
-        return self._by_shard[low:high]
-
-    @cached_property
-    def _by_shard(self) -> Int[np.ndarray, " _"]:
-        return np.argsort(self.shard, kind="stable")
-
-    @cached_property
-    def _sorted_shard(self) -> Int[np.ndarray, " _"]:
-        return self.shard[self._by_shard]
+        return np.flatnonzero(self.shard == shard)
 
     @cached_property
     def shard_cost(self) -> Float[np.ndarray, " shard"]:
         "Cost of each shard"
-        return np.bincount(self.shard, _batch_cost(self.cost, self.first), self.shards)
+        return np.bincount(self.shard, _batch_cost(self.cost, self.first), self.shards).astype(np.float64)
 
     @cached_property
-    def computed(self) -> int:
-        "Tokens that padded batches compute, padding included"
-        return int((np.diff(self.first) * self._width).sum())
-
-    @cached_property
-    def _width(self) -> Int[np.ndarray, " _"]:
-        return np.maximum.reduceat(self.length, self.first[:-1]) if self.batches else self.first[:0]
-
-    @property
     def waste(self) -> float:
         "Share of the computed tokens that is padding, 0 to 1"
-        return 1 - int(self.length.sum()) / self.computed if self.computed else 0.0
+        return _waste(self.length, self.first)
 
     @cached_property
     def fingerprint(self) -> str:
         "A name that changes with anything in the plan"
-        arrays = (self.order, self.length, self.cost, self.first, self.shard)
-        hashed = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays]
-        return digest(*hashed, self.shards, json.dumps([self.settings, sorted(self.reason.items())]))
+        return _fingerprint(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.fingerprint == other.fingerprint
 
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
+    __hash__ = lambda self: hash(self.fingerprint)
 
-
+# %% ../../nbs/jobs/10_plan.ipynb #9e7730a3
 def _batch_cost(cost: Float[np.ndarray, " _"], first: Int[np.ndarray, " _"]) -> Float[np.ndarray, " _"]:
-    "Cost of each batch, from one running sum, so that it is the same on every machine"
+    "Cost of each batch, from one running sum"
     return np.diff(np.concatenate([[0.0], np.cumsum(cost)])[first])
+
+
+def _waste(length: Int[np.ndarray, " _"], first: Int[np.ndarray, " _"]) -> float:
+    "Share of the computed tokens that is padding"
+    width = np.maximum.reduceat(length, first[:-1]) if len(length) else first[:0]
+    computed = int((np.diff(first) * width).sum())
+    return 1 - int(length.sum()) / computed if computed else 0.0
+
+
+def _fingerprint(plan: Plan) -> str:
+    "A name for everything that `plan` holds"
+    arrays = (plan.order, plan.length, plan.cost, plan.first, plan.shard)
+    hashed = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays]
+    return digest(*hashed, plan.shards, json.dumps([plan.settings, sorted(plan.reason.items())]))
 
 # %% ../../nbs/jobs/10_plan.ipynb #55abe461
 def _cut(
@@ -121,59 +114,21 @@ def _cut(
         at = min(last + rows, walls[bisect_right(walls, last)])
     return np.concatenate(starts)
 
-# %% ../../nbs/jobs/10_plan.ipynb #bfc1527c
+# %% ../../nbs/jobs/10_plan.ipynb #71b98a55
 def _share(
     cost: Float[np.ndarray, " _"],  # of each batch, in planned order
     shards: int,  # how many are wanted; never more than batches
 ) -> Int[np.ndarray, " _"]:  # shard of each batch; 0 costs the most
     "Runs of neighbouring batches of nearly equal cost, numbered by falling cost"
-    total = np.cumsum(cost)
-    if not len(cost) or not total[-1]:
-        return np.arange(len(cost)) * min(shards, len(cost)) // max(len(cost), 1)
-    middle = (total - cost / 2) / total[-1] * min(shards, len(cost))
-    run = np.unique(middle.astype(np.int64).clip(max=shards - 1), return_inverse=True)[1]
+    total, count = np.cumsum(cost), min(shards, len(cost))
+    if not count or not total[-1]:
+        return np.arange(len(cost)) * count // max(len(cost), 1)
+    middle = (total - cost / 2) / total[-1] * count
+    run = np.unique(middle.astype(np.int64).clip(max=count - 1), return_inverse=True)[1]
     rank = np.argsort(np.argsort(-np.bincount(run, cost), kind="stable"), kind="stable")
     return rank[run]
 
-# %% ../../nbs/jobs/10_plan.ipynb #89a49e3c
-def make_plan(
-    lengths: Sequence[int] | Integer[np.ndarray, " _"],  # tokens of each row of the data set
-    costs: Sequence[float] | Num[np.ndarray, " _"] | None = None,  # of each row, in any unit; None: its length
-    *,
-    batch_tokens: int,  # padded tokens in a batch; a row that is longer is a batch of its own
-    max_batch_size: int | None = None,  # rows in a batch; None: as many as the budget holds
-    max_seq_len: int | None = None,  # longer rows are left out; None: none is
-    reasons: Mapping[int, str] | Sequence[str | None] | None = None,  # row → why it is left out
-    shards: int = 160,  # at most so many; 20 per worker or more keep all workers busy to the end
-    static: int | None = None,  # batch j belongs to shard j mod `static`, whatever it costs
-    window: int | None = None,  # sort inside stretches of this many rows only; None: over all rows
-) -> Plan:
-    "Sort by length, cut under the token budget, gather into shards of equal cost; the same wherever it is made"
-    settings = dict(batch_tokens=batch_tokens, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    settings |= dict(shards=shards, static=static, window=window)
-    for name, value in settings.items():
-        whole = value is not None and not isinstance(value, bool) and isinstance(value, int) and value >= 1
-        free = value is None and name not in ("batch_tokens", "shards")
-        need(whole or free, f"{name} of at least 1", got=value, do="give a whole number")
-    length, cost = _lengths(lengths), _costs(costs, lengths)
-    left, why = _left_out(length, reasons, max_seq_len)
-    stays = np.ones(len(length), bool)
-    stays[left] = False
-    order, borders = _sorted(np.flatnonzero(stays), length, window)
-    kept, gone = len(order), np.zeros(len(left), np.int64)
-    starts = _cut(length[order], borders, batch_tokens, max_batch_size or max(kept, 1))
-    first = np.concatenate([starts, np.arange(kept, len(length), _LEFT_OUT), [len(length)]])
-    length, cost = np.append(length[order], gone), np.append(cost[order], gone.astype(float))
-    batch_cost = _batch_cost(cost, first)
-    shard = np.arange(len(batch_cost)) % static if static else _share(batch_cost, shards)
-    count = static or int(shard.max(initial=-1)) + 1
-    order = np.append(order, left)
-    return Plan(order, length, cost, dict(enumerate(why, kept)), first, shard, count, settings)
-
-
-_LEFT_OUT = 4096  # rows in a batch of rows that are left out
-
-
+# %% ../../nbs/jobs/10_plan.ipynb #34c72585
 def _sorted(rows: Int[np.ndarray, " _"], length: Int[np.ndarray, " _"], window: int | None) -> tuple:
     "Rows in planned order, longest first and ties by row, and the positions that no batch may cross"
     n, top = length[rows], int(length.max(initial=0)) + 1
@@ -184,6 +139,15 @@ def _sorted(rows: Int[np.ndarray, " _"], length: Int[np.ndarray, " _"], window: 
     )  # sixteen bits are sorted by counting, five times faster
     ends = np.flatnonzero(np.diff(stretch)) + 1 if window else np.zeros(0, np.int64)
     return rows[np.argsort(key.astype(small), kind="stable")], np.append(ends, len(rows))
+
+# %% ../../nbs/jobs/10_plan.ipynb #e09ea09b
+def _settings(**settings: int | None) -> dict[str, int | None]:
+    "The settings; `InputError` names one that is no positive whole number"
+    for name, value in settings.items():
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        free = value is None and name not in ("batch_tokens", "shards")
+        need(whole or free, f"{name} of at least 1", got=value, do="give a whole number")
+    return settings
 
 
 def _lengths(lengths: Sequence[int] | Integer[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
@@ -205,7 +169,7 @@ def _costs(costs: Sequence[float] | Num[np.ndarray, " _"] | None, lengths) -> Fl
     need(not len(bad), "finite costs of 0 or more", got="".join(f"row {i} of {c[i]}" for i in bad), do=fix)
     return c
 
-
+# %% ../../nbs/jobs/10_plan.ipynb #49d61640
 def _left_out(length: Int[np.ndarray, " _"], reasons, max_seq_len: int | None) -> tuple:
     "Rows that are left out, in order, and why each is"
     given = reasons.items() if isinstance(reasons, Mapping) else enumerate(reasons or ())
@@ -221,8 +185,43 @@ def _left_out(length: Int[np.ndarray, " _"], reasons, max_seq_len: int | None) -
     rows = sorted(why)
     return np.array(rows, dtype=np.int64), [why[row] for row in rows]
 
-# %% ../../nbs/jobs/10_plan.ipynb #21e864aa
+# %% ../../nbs/jobs/10_plan.ipynb #6a254d34
+_LEFT_OUT = 4096  # rows in a batch of rows that are left out
+
+
+def make_plan(
+    lengths: Sequence[int] | Integer[np.ndarray, " _"],  # tokens of each row of the data set
+    costs: Sequence[float] | Num[np.ndarray, " _"] | None = None,  # of each row, in any unit; None: its length
+    *,
+    batch_tokens: int,  # padded tokens in a batch; a row that is longer is a batch of its own
+    max_batch_size: int | None = None,  # rows in a batch; None: as many as the budget holds
+    max_seq_len: int | None = None,  # longer rows are left out; None: none is
+    reasons: Mapping[int, str] | Sequence[str | None] | None = None,  # row → why it is left out
+    shards: int = 160,  # at most so many; 20 per worker or more keep all workers busy to the end
+    static: int | None = None,  # batch j belongs to shard j mod `static`, whatever it costs
+    window: int | None = None,  # sort inside stretches of this many rows only; None: over all rows
+) -> Plan:
+    "Sort by length, cut under the token budget, gather into shards of equal cost; the same wherever it is made"
+    settings = dict(batch_tokens=batch_tokens, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    settings = _settings(**settings, shards=shards, static=static, window=window)
+    length, cost = _lengths(lengths), _costs(costs, lengths)
+    left, why = _left_out(length, reasons, max_seq_len)
+    stays = np.ones(len(length), bool)
+    stays[left] = False
+    order, borders = _sorted(np.flatnonzero(stays), length, window)
+    kept, gone = len(order), np.zeros(len(left), np.int64)
+    starts = _cut(length[order], borders, batch_tokens, max_batch_size or max(kept, 1))
+    first = np.concatenate([starts, np.arange(kept, len(length), _LEFT_OUT), [len(length)]])
+    length, cost = np.append(length[order], gone), np.append(cost[order], gone.astype(float))
+    batch_cost = _batch_cost(cost, first)
+    shard = np.arange(len(batch_cost)) % static if static else _share(batch_cost, shards)
+    count = static or int(shard.max(initial=-1)) + 1
+    order = np.append(order, left)
+    return Plan(order, length, cost, dict(enumerate(why, kept)), first, shard, count, settings)
+
+# %% ../../nbs/jobs/10_plan.ipynb #e4d6bc86
 _KEY = b"llm_analysis.plan"
+_COLUMNS = ("row", "length", "cost", "batch", "shard", "reason")
 
 
 def save_plan(
@@ -236,7 +235,7 @@ def save_plan(
         [None] * (plan.rows - len(plan.reason)) + [plan.reason[p] for p in sorted(plan.reason)], pa.string()
     )
     shard = plan.shard[batch].astype(np.int32)
-    columns = dict(row=plan.order, length=plan.length, cost=plan.cost, reason=reason, batch=batch, shard=shard)
+    columns = dict(zip(_COLUMNS, (plan.order, plan.length, plan.cost, batch, shard, reason)))
     about = json.dumps(dict(fingerprint=plan.fingerprint, shards=plan.shards, settings=plan.settings))
     table = pa.table(columns).replace_schema_metadata({_KEY: about})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -249,27 +248,25 @@ def save_plan(
     finally:
         temporary.unlink(missing_ok=True)
 
-
+# %% ../../nbs/jobs/10_plan.ipynb #051400a5
 def load_plan(
     path: str | os.PathLike,  # a file that `save_plan` wrote
 ) -> Plan:
     "Read a plan; `WorldError` where it is damaged or is none"
     fix = "remove it and run again: it is derived from the data set and the settings"
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        about = json.loads(table.schema.metadata[_KEY])
-        row, length, cost, batch, shard = (table[c].to_numpy() for c in ("row", "length", "cost", "batch", "shard"))
-        starts = np.flatnonzero(np.diff(batch, prepend=-1))
-        out = np.flatnonzero(~table["reason"].combine_chunks().is_null().to_numpy(zero_copy_only=False))
-        reason = dict(zip(out.tolist(), table["reason"].take(out).to_pylist()))
-        first = np.append(starts, len(row))
-        plan = Plan(
-            row, length, cost, reason, first, shard[starts].astype(np.int64), about["shards"], about["settings"]
-        )
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as e:
-        raise WorldError(f"expected a plan in {Path(path).name}; got {type(e).__name__}: {e}; {fix}") from e
-    same = plan.fingerprint == about["fingerprint"]
-    need(same, f"plan {about['fingerprint']}", got=plan.fingerprint, do=fix, error=WorldError)
+    with open(path, "rb") as f:
+        try:
+            table = pq.read_table(f, page_checksum_verification=True)
+            about = json.loads(table.schema.metadata[_KEY])
+            row, length, cost, batch, shard, why = (table[name].combine_chunks() for name in _COLUMNS)
+            starts = np.flatnonzero(np.diff(batch.to_numpy(), prepend=-1))
+            out = np.flatnonzero(why.is_valid().to_numpy(zero_copy_only=False))
+            reason = dict(zip(out.tolist(), why.take(pa.array(out)).to_pylist()))
+            arrays = (a.to_numpy() for a in (row, length, cost))
+            owner = shard.to_numpy()[starts].astype(np.int64)
+            plan = Plan(*arrays, reason, np.append(starts, len(row)), owner, about["shards"], about["settings"])
+            same = plan.fingerprint == about["fingerprint"]
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError):
+            same = False
+    need(same, "a plan that `save_plan` wrote", got=f"damage in {Path(path).name}", do=fix, error=WorldError)
     return plan

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tally', 'spoken', 'beat', 'beats', 'Status', 'status', 'Progress']
 
-# %% ../../nbs/jobs/16_progress.ipynb #2be6c0f7
+# %% ../../nbs/jobs/16_progress.ipynb #00949e7e
 import json
 import os
 import socket
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import WorldError, need
 from .parts import Log, Part
@@ -108,7 +109,7 @@ def beats(
                 found.append(seen)
     return found
 
-# %% ../../nbs/jobs/16_progress.ipynb #d8cebd38
+# %% ../../nbs/jobs/16_progress.ipynb #a0d1bac8
 @dataclass(frozen=True)
 class Status:
     "How far a run is"
@@ -140,7 +141,7 @@ class Status:
             )
         return "\n".join(lines if self.runs or not self.left else [*lines, "nobody is at work on it"])
 
-
+# %% ../../nbs/jobs/16_progress.ipynb #ca034238
 def status(
     folder: str | os.PathLike,  # of the run
 ) -> Status:
@@ -212,7 +213,7 @@ def _canvas(name: str, total: int, show: bool) -> _Lines | _Bars | None:
     lively = sys.stderr.isatty() or getattr(kernel, "kernel", None) is not None
     return _Bars(name, total) if lively else _Lines(name, total)
 
-# %% ../../nbs/jobs/16_progress.ipynb #e68ad6fd
+# %% ../../nbs/jobs/16_progress.ipynb #15ef32f9
 class _Counting:
     "What a run has done"
 
@@ -245,28 +246,34 @@ class _Counting:
         at_work = [self.tally.of(n.shard, [(n.start, n.done)]) for n in self.workers.values() if isinstance(n, Now)]
         return np.minimum(sum(at_work, sum(self.base.values(), np.zeros(3))), self.total)
 
-    def seen(self, worker: str, now: Now | str) -> None:
-        "A worker reported where it stands, or what it is busy with"
-        with self.lock:
+# %% ../../nbs/jobs/16_progress.ipynb #dc5fadd8
+@patch
+def seen(self: _Counting, worker: str, now: Now | str) -> None:
+    "A worker reported where it stands, or what it is busy with"
+    with self.lock:
+        self.workers[worker] = now
+    self.draw()
+
+
+@patch
+def settled(self: _Counting, worker: str, shard: int, now: str | None = None) -> None:
+    "A worker finished with a shard or is gone (`None`): what counts is what the log says"
+    covered = self.tally.parts(self.log.parts(shard))
+    with self.lock:
+        self.base[shard] = covered
+        self.workers.pop(worker, None)
+        if now is not None:
             self.workers[worker] = now
-        self.draw()
+    self.draw()
 
-    def settled(self, worker: str, shard: int, now: str | None = None) -> None:
-        "A worker finished with a shard or is gone (`None`): what counts is what the log says"
-        covered = self.tally.parts(self.log.parts(shard))
-        with self.lock:
-            self.base[shard] = covered
-            self.workers.pop(worker, None)
-            if now is not None:
-                self.workers[worker] = now
-        self.draw()
 
-    def gone(self, worker: str) -> None:
-        "A worker is no more"
-        with self.lock:
-            self.workers.pop(worker, None)
+@patch
+def gone(self: _Counting, worker: str) -> None:
+    "A worker is no more"
+    with self.lock:
+        self.workers.pop(worker, None)
 
-# %% ../../nbs/jobs/16_progress.ipynb #d64f7a27
+# %% ../../nbs/jobs/16_progress.ipynb #782ca24a
 class Progress(_Counting):
     "What a run has done, drawn and written down by the process that leads it"
 
@@ -290,36 +297,44 @@ class Progress(_Counting):
             f", {waiting} not on disk yet" if waiting else ""
         )
 
-    def draw(self, final: bool = False) -> None:
-        "Bring the bar up to date, ten times a second at most"
-        if self.canvas is None or (time.monotonic() - self.drawn < 0.1 and not final):
-            return
-        self.drawn, s = time.monotonic(), self.snapshot()
-        share = f" ({s['done'] / s['rows']:.0%})" if s["rows"] and isinstance(self.canvas, _Lines) else ""
-        text = f"{s['done']:,} of {s['rows']:,} rows{share}, {s['rows_per_second']:,.1f} rows/s"
-        text += f", {s['tokens_per_second']:,.0f} tokens/s"
-        text += f", {spoken(s['seconds_left'])} left" if s["seconds_left"] is not None and not final else ""
-        self.canvas.show(text, s["done"], [f"{name}: {line}" for name, line in s["workers"].items()], final)
-
-    def write(self, text: str) -> None:
-        "Say something without breaking the bar"
-        if self.canvas:
-            self.canvas.write(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def _pulse(self) -> None:
-        while not self.closing.is_set():
-            with suppress(OSError):
-                beat(self.log.folder, self.snapshot())
-            self.closing.wait(1.0)
-
-    def close(self) -> None:
-        "Draw for the last time, and remove the heartbeat"
-        self.closing.set()
-        self.pulse.join(5.0)
-        self.draw(final=True)
-        if self.canvas:
-            self.canvas.close()
+# %% ../../nbs/jobs/16_progress.ipynb #21538f55
+@patch
+def _pulse(self: Progress) -> None:
+    while not self.closing.is_set():
         with suppress(OSError):
-            beat(self.log.folder, {}).unlink()
+            beat(self.log.folder, self.snapshot())
+        self.closing.wait(1.0)
+
+
+@patch
+def close(self: Progress) -> None:
+    "Draw for the last time, and remove the heartbeat"
+    self.closing.set()
+    self.pulse.join(5.0)
+    self.draw(final=True)
+    if self.canvas:
+        self.canvas.close()
+    with suppress(OSError):
+        beat(self.log.folder, {}).unlink()
+
+# %% ../../nbs/jobs/16_progress.ipynb #e8119a9e
+@patch
+def draw(self: Progress, final: bool = False) -> None:
+    "Bring the bar up to date, ten times a second at most"
+    if self.canvas is None or (time.monotonic() - self.drawn < 0.1 and not final):
+        return
+    self.drawn, s = time.monotonic(), self.snapshot()
+    share = f" ({s['done'] / s['rows']:.0%})" if s["rows"] and isinstance(self.canvas, _Lines) else ""
+    text = f"{s['done']:,} of {s['rows']:,} rows{share}, {s['rows_per_second']:,.1f} rows/s"
+    text += f", {s['tokens_per_second']:,.0f} tokens/s"
+    text += f", {spoken(s['seconds_left'])} left" if s["seconds_left"] is not None and not final else ""
+    self.canvas.show(text, s["done"], [f"{name}: {line}" for name, line in s["workers"].items()], final)
+
+
+@patch
+def write(self: Progress, text: str) -> None:
+    "Say something without breaking the bar"
+    if self.canvas:
+        self.canvas.write(text)
+    else:
+        print(text, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from ..core import need, near
 
-# %% ../../nbs/jobs/09_rows.ipynb #44addf2e
+# %% ../../nbs/jobs/09_rows.ipynb #8eb8bbc8
 Rows = object  # a datasets.Dataset, a pyarrow.Table or a list of dicts
 
 
@@ -30,13 +30,13 @@ def prepare(
     "Rows in a form that every function here takes; `InputError` for anything else"
     if isinstance(rows, pa.Table):
         return rows
-    fix = "pass a datasets.Dataset (not a streamed one), a pyarrow.Table or a list of dictionaries"
+    fix = "pass one split of a datasets.Dataset (not a streamed one), a pyarrow.Table or a list of dictionaries"
     if isinstance(rows, list | tuple):
         odd = next((f"row {i}, {type(r).__name__}" for i, r in enumerate(rows) if not isinstance(r, dict)), None)
         need(odd is None, "a dictionary for each row", got=odd, do=fix)
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
-    known = hasattr(rows, "with_format") and hasattr(rows, "__len__")
+    known = hasattr(rows, "with_format") and hasattr(rows, "__len__") and not isinstance(rows, dict)
     need(known, "rows that can be counted and read in any order", got=type(rows).__name__, do=fix)
     return rows
 
@@ -61,7 +61,7 @@ def slices(
         stop = min(start + size, len(rows))
         yield source.slice(start, stop - start) if isinstance(source, pa.Table) else source[start:stop]
 
-# %% ../../nbs/jobs/09_rows.ipynb #48e8146f
+# %% ../../nbs/jobs/09_rows.ipynb #004d50a9
 def row_ids(
     rows: Rows,  # what `prepare` takes
     column: str = "index",  # the column that names rows; without a column `index` they are numbered
@@ -88,6 +88,8 @@ def row_ids(
         again = int(seen.argmin())
         got = f"{ids[again].as_py()!r} in row {int(np.flatnonzero(codes == codes[again])[0])} and in row {again}"
         need(False, f"ids in {column!r} that are unique", got=got, do=fix)
+    top = pc.max(ids).as_py() if whole and len(ids) else 0
+    need(top < 2**63, "ids of at most 64 bits, one of them for the sign", got=top, do="store them as text")
     return _single(ids.cast(pa.int64() if whole else pa.string()))
 
 
@@ -133,7 +135,7 @@ def _measure_slice(part: tuple[int, pa.Table], step, column: str | None, on_erro
             out.append((0, 0.0, f"cannot be measured: {type(e).__name__}: {e}"))
     return out
 
-# %% ../../nbs/jobs/09_rows.ipynb #a301b9d4
+# %% ../../nbs/jobs/09_rows.ipynb #5e34824c
 def measure(
     rows: Rows,  # what `prepare` takes
     step,  # has length(row), cost(row, length) and leave_out(row)
@@ -157,12 +159,25 @@ def measure(
         from multiprocess import get_context
 
         with get_context("spawn").Pool(workers) as pool:
-            done += pool.imap(work, parts)
+            done += pool.imap(partial(_unpacked, work=work), ((start, _packed(table)) for start, table in parts))
     else:
         done += map(work, parts)
     flat = [m for part in done for m in part]
     length, cost = np.array([m[0] for m in flat], np.int64), np.array([m[1] for m in flat], np.float64)
     return Measured(length, cost, {i: m[2] for i, m in enumerate(flat) if m[2] is not None})
+
+
+def _packed(table: pa.Table) -> bytes:
+    "A slice for another process, without the table it was cut from (which pickle would send along)"
+    with pa.BufferOutputStream() as sink:
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+
+def _unpacked(part: tuple[int, bytes], work) -> list:
+    "`work` on a slice that `_packed` sent"
+    return work((part[0], pa.ipc.open_stream(part[1]).read_all()))
 
 
 def _first(parts: Iterable) -> list:

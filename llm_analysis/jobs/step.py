@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Step', 'Source', 'checked']
 
-# %% ../../nbs/jobs/14_step.ipynb #f6ba1846
+# %% ../../nbs/jobs/14_step.ipynb #2685942a
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -49,7 +50,7 @@ class Step:
         "The CPU's share, in a thread of its own: a table, or a table and the rows without a result as (id, reason)"
         raise NotImplementedError(f"{type(self).__name__}.postprocess")
 
-# %% ../../nbs/jobs/14_step.ipynb #005c0a99
+# %% ../../nbs/jobs/14_step.ipynb #6104bfa3
 class Source:
     "Rows of a data set as dictionaries, each with its id"
 
@@ -66,7 +67,7 @@ class Source:
     def __len__(self) -> int:
         return self.data.num_rows
 
-    def rows(self, index: Sequence[int]) -> list[dict]:
+    def rows(self, index: Sequence[int] | np.ndarray) -> list[dict]:
         "The rows at these places"
         index = [int(i) for i in index]
         if isinstance(self.data, pa.Table):

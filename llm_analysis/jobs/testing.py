@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'known', 'Digests', 'clock_jumps', 'texts', 'faults', 'Reader', 'lead', 'start', 'Storm', 'storm']
 
-# %% ../../nbs/jobs/19_testing.ipynb #a670817e
+# %% ../../nbs/jobs/19_testing.ipynb #af630eca
 import hashlib
 import json
 import os
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fastcore.basics import patch
 
 from ..core import need
 from .job import Job, JobOptions, Summary
@@ -211,7 +212,7 @@ class Storm:
         )
         return "\n".join(lines)
 
-# %% ../../nbs/jobs/19_testing.ipynb #a26dea8a
+# %% ../../nbs/jobs/19_testing.ipynb #ac76b1aa
 KINDS = (
     "worker killed",
     "worker stopped",
@@ -231,7 +232,7 @@ class _Weather:
         self.happened, self.stopped = Counter(dict.fromkeys(KINDS, 0)), []
         home.mkdir(parents=True)
         self.pause(0.02)
-        self.parent, self.second, self.seconds = start(home, **self.options), None, set()
+        self.parent, self.second, self.seconds, self.until = start(home, **self.options), None, set(), 0.0
         self.patience = options.get("patience", 1.0)
 
     def pause(self, seconds: float) -> None:
@@ -252,7 +253,7 @@ class _Weather:
     def parents(self) -> list[int]:
         return [p.pid for p in (self.parent, self.second) if p is not None and p.poll() is None]
 
-
+# %% ../../nbs/jobs/19_testing.ipynb #b45ffb99
 def _alive(pid: int) -> bool:
     with suppress(OSError):
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:1]
@@ -266,7 +267,7 @@ def _signal(pid: int, number: int) -> bool:
         return True
     return False
 
-# %% ../../nbs/jobs/19_testing.ipynb #cad9c3e2
+# %% ../../nbs/jobs/19_testing.ipynb #ae38d1d2
 class _Storming(_Weather):
     "Does it"
 
@@ -276,6 +277,7 @@ class _Storming(_Weather):
             if self.second is None:
                 self.second = start(self.home, **self.options)
                 self.seconds.add(self.second.pid)
+                self.until = time.monotonic() + self.draw.uniform(3, 8)
                 self.happened[kind] += 1
             return
         target = self.worker() if kind.startswith("worker") else self.parent.pid
@@ -288,46 +290,57 @@ class _Storming(_Weather):
         if kind == "parent killed":
             self.parent.wait(10)
 
-    def tick(self) -> bool:
-        "Wake up those who slept long enough, start a parent where there is none; whether the run is complete"
-        for pid, end in list(self.stopped):
-            if time.monotonic() >= end:
-                _signal(pid, signal.SIGCONT)
-                self.stopped.remove((pid, end))
-        if self.second is not None and self.second.poll() is not None:
-            need(
-                self.second.returncode in (0, 5, -9),
-                "a second parent that ends well",
-                got=self.second.returncode,
-                do="see said",
-            )
-            self.second = None
-        code = self.parent.poll()
-        need(code in (None, 0, 5, -9, -15), "a parent that ends well", got=code, do=f"see {self.home.name}/said")
-        if code is not None and code != 0:
-            self.parent = start(self.home, **self.options)
-        return code == 0
+# %% ../../nbs/jobs/19_testing.ipynb #d1538a2d
+@patch
+def left(self: _Storming) -> list[str]:
+    "What is still to happen, each as often as it has to"
+    return [k for k in KINDS for _ in range(self.wanted.get(k, 0) - self.happened[k])]
 
-    def left(self) -> list[str]:
-        "What is still to happen, each as often as it has to"
-        return [k for k in KINDS for _ in range(self.wanted.get(k, 0) - self.happened[k])]
 
-    def share(self) -> float:
-        "How much of the rows has been computed, roughly"
-        with suppress(OSError, ValueError):
-            return sum(int(x.split()[1]) for x in (self.home / "computed").read_text().splitlines()) / self.rows
-        return 0.0
+@patch
+def share(self: _Storming) -> float:
+    "How much of the rows has been computed, roughly"
+    with suppress(OSError, ValueError):
+        return sum(int(x.split()[1]) for x in (self.home / "computed").read_text().splitlines()) / self.rows
+    return 0.0
 
-    def close(self) -> None:
-        "Wake up whoever sleeps; no process that was started here survives"
-        for pid, _ in self.stopped:
+
+@patch
+def close(self: _Storming) -> None:
+    "Wake up whoever sleeps; no process that was started here survives"
+    for pid, _ in self.stopped:
+        _signal(pid, signal.SIGCONT)
+    for process in (self.parent, self.second):
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait(10)
+
+# %% ../../nbs/jobs/19_testing.ipynb #91bb6b68
+@patch
+def tick(self: _Storming) -> bool:
+    "Wake up those who slept long enough, start a parent where there is none; whether the run is complete"
+    for pid, end in list(self.stopped):
+        if time.monotonic() >= end:
             _signal(pid, signal.SIGCONT)
-        for process in (self.parent, self.second):
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait(10)
+            self.stopped.remove((pid, end))
+    if self.second is not None and self.second.poll() is not None:
+        need(
+            self.second.returncode in (0, 5, -9, -15),
+            "a second parent that ends well",
+            got=self.second.returncode,
+            do="see said",
+        )
+        self.second = None
+    elif self.second is not None and time.monotonic() > self.until:
+        _signal(self.second.pid, self.draw.choice((signal.SIGKILL, signal.SIGTERM)))
+        self.until += 5
+    code = self.parent.poll()
+    need(code in (None, 0, 5, -9, -15), "a parent that ends well", got=code, do=f"see {self.home.name}/said")
+    if code is not None and code != 0:
+        self.parent = start(self.home, **self.options)
+    return code == 0
 
-# %% ../../nbs/jobs/19_testing.ipynb #4ae65b41
+# %% ../../nbs/jobs/19_testing.ipynb #b87ce9b2
 def storm(
     home: str | os.PathLike,  # a new folder for the run and its ledger
     *,
@@ -351,7 +364,8 @@ def storm(
             )
             if left := weather.left():
                 weather.act(weather.draw.choice(left))
-                weather.pause(0.02 if weather.share() < 0.5 else 0.3)
+                share = weather.share()
+                weather.pause(0.02 if share < 0.5 else 0.3 if share < 0.9 else 2.0)
                 time.sleep(weather.draw.expovariate(1 / pace))
             else:
                 calm = calm or weather.pause(0.0) is None
@@ -368,7 +382,7 @@ def storm(
         unreadable = reader.close()
     return _judged(weather, reader, unreadable, seed, time.monotonic() - began, survivors, part_rows)
 
-
+# %% ../../nbs/jobs/19_testing.ipynb #bb5a6b9c
 def _wait_for_the_end(weather: _Storming) -> int:
     "How many processes are alive a few seconds after the run is complete"
     for pid, _ in weather.stopped:

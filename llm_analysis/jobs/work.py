@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loop', 'Now', 'out_of_memory', 'unusable', 'device_pieces', 'StepError', 'finished', 'one_by_one', 'Done', 'work']
 
-# %% ../../nbs/jobs/15_work.ipynb #9534a0cb
+# %% ../../nbs/jobs/15_work.ipynb #8cf00ec4
 import gc
 import sys
 import threading
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import pyarrow as pa
+from fastcore.basics import patch
 
 from ..core import WorldError, need
 from .parts import Chunk, Log
@@ -126,7 +127,7 @@ def device_pieces(
     middle = (len(rows) + 1) // 2
     return device_pieces(step, rows[:middle], say) + device_pieces(step, rows[middle:], say)
 
-# %% ../../nbs/jobs/15_work.ipynb #5faf52a0
+# %% ../../nbs/jobs/15_work.ipynb #0f082d43
 class StepError(WorldError):
     "A row failed and the run was told to stop, or the step fails everywhere"
 
@@ -144,7 +145,7 @@ def finished(
     table = pa.concat_tables([c.table for c in chunks]) if chunks else step.schema.empty_table()
     return Chunk(table, skipped, halved=len(chunks) > 1)
 
-
+# %% ../../nbs/jobs/15_work.ipynb #cd3e0370
 def one_by_one(
     step: Step,
     rows: list[dict],
@@ -212,7 +213,7 @@ class _Buffer:
             self.there = set(range(self.batches)) - {o for a, b in left for o in range(a, b)}
         self.start, self.chunks, self.rows, self.nbytes = self.start + len(self.chunks), [], 0, 0
 
-# %% ../../nbs/jobs/15_work.ipynb #03df63e9
+# %% ../../nbs/jobs/15_work.ipynb #f2961210
 @dataclass(frozen=True)
 class Done:
     "What became of a task"
@@ -227,13 +228,13 @@ class Done:
     halved: int  # batches that were computed in halves or row by row
     ended: bool  # False if it was stopped before its end
 
-
+# %% ../../nbs/jobs/15_work.ipynb #fa07f3e4
 class _Fetched:
     "The state of one call of `work`, and the rows it fetches ahead"
 
     def __init__(self, step, source, plan, log, shard, start, stop, loop, report, say):
         self.step, self.source, self.plan, self.loop, self.say = step, source, plan, loop, say
-        self.batches, self.stop = plan.of(shard), stop
+        self.batches, self.stop = plan.of(shard).tolist(), stop
         self.buffer = _Buffer(log, shard, len(self.batches), loop)
         self.report, self.now, self.lock = report, Now(shard, start, start, start), threading.Lock()
         self.tokens = self.halved = 0
@@ -266,7 +267,7 @@ class _Fetched:
             ordinal += 1
         return ordinal
 
-# %% ../../nbs/jobs/15_work.ipynb #2fa2eeac
+# %% ../../nbs/jobs/15_work.ipynb #17db6925
 class _Task(_Fetched):
     "Compute, finish and settle"
 
@@ -296,35 +297,35 @@ class _Task(_Fetched):
         del pieces
         return self.keep(ordinal, replace(chunk, skipped=[*chunk.skipped, *out]), len(rows) + len(out), began)
 
-    def keep(self, ordinal: int, chunk: Chunk, rows: int, began: float) -> None:
-        self.buffer.add(ordinal, chunk, rows, began)
-        self.halved += chunk.halved
-        parts = len(self.buffer.parts)
-        committed = self.buffer.start if parts else self.now.committed
-        self.tell(rows, done=ordinal + 1, committed=committed, parts=parts)
+# %% ../../nbs/jobs/15_work.ipynb #bd5086a3
+@patch
+def keep(self: _Task, ordinal: int, chunk: Chunk, rows: int, began: float) -> None:
+    self.buffer.add(ordinal, chunk, rows, began)
+    self.halved += chunk.halved
+    parts = len(self.buffer.parts)
+    committed = self.buffer.start if parts else self.now.committed
+    self.tell(rows, done=ordinal + 1, committed=committed, parts=parts)
 
-    def settle(self) -> None:
-        "Wait for the batch before; where it failed, compute its rows one by one, here"
-        if self.before is None:
-            return
-        (ordinal, rows, out, began, future), self.before = self.before, None
-        error = future.result()
-        if error is None:
-            object.__setattr__(self.step, "_proven", True)
-            return
-        self.say(
-            f"a batch of {len(rows)} rows failed ({type(error).__name__}: {error}); computing them one by one"[:500]
-        )
-        chunk = one_by_one(self.step, rows, self.source.id_column, on_error=self.loop.on_error)
-        all_failed = len(chunk.skipped) == len(rows) > 1 and {s[1] for s in chunk.skipped} == {"failed"}
-        if all_failed and not getattr(self.step, "_proven", False) and not out_of_memory(error):
-            raise StepError(
-                f"every row of the first batch failed, row {chunk.skipped[0][0]!r} with {chunk.skipped[0][2]}"
-            )
-        chunk = replace(chunk, skipped=[*chunk.skipped, *out])
-        self.post.submit(self.keep, ordinal, chunk, len(rows) + len(out), began).result()
 
-# %% ../../nbs/jobs/15_work.ipynb #637abfd0
+@patch
+def settle(self: _Task) -> None:
+    "Wait for the batch before; where it failed, compute its rows one by one, here"
+    if self.before is None:
+        return
+    (ordinal, rows, out, began, future), self.before = self.before, None
+    error = future.result()
+    if error is None:
+        object.__setattr__(self.step, "_proven", True)
+        return
+    self.say(f"a batch of {len(rows)} rows failed ({type(error).__name__}: {error}); computing them one by one"[:500])
+    chunk = one_by_one(self.step, rows, self.source.id_column, on_error=self.loop.on_error)
+    all_failed = len(chunk.skipped) == len(rows) > 1 and {s[1] for s in chunk.skipped} == {"failed"}
+    if all_failed and not getattr(self.step, "_proven", False) and not out_of_memory(error):
+        raise StepError(f"every row of the first batch failed, row {chunk.skipped[0][0]!r} with {chunk.skipped[0][2]}")
+    chunk = replace(chunk, skipped=[*chunk.skipped, *out])
+    self.post.submit(self.keep, ordinal, chunk, len(rows) + len(out), began).result()
+
+# %% ../../nbs/jobs/15_work.ipynb #d306023e
 def work(
     step: Step,  # set up already
     source: Source,
@@ -364,7 +365,7 @@ def work(
     spent = time.monotonic() - began
     return Done(shard, start, end, parts, task.now.computed, task.tokens, spent, task.halved, end == stop)
 
-
+# %% ../../nbs/jobs/15_work.ipynb #d6d70525
 def _commit(task: _Task) -> None:
     "Publish what is finished, whatever ended the loop; only an interrupt does not wait"
     try:
