@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser
 
 from .core import InputError, near, need
 
-# %% ../nbs/96_grammar.ipynb #61bc47d6
+# %% ../nbs/96_grammar.ipynb #5209cb19
 REQUIRED = inspect.Parameter.empty
 ALIASES = {"output": "output_dir", "limit": "max_samples"}  # other names that are accepted, and what they stand for
 
@@ -38,13 +38,14 @@ class Option:
     default: Any  # its default, or REQUIRED
     help: str  # the comment beside it
     bare: bool = False  # whether it is given as a bare word, without its name
+    place: str = ""  # where its value goes, `parameter.field`; empty: the same as its name
 
     @property
     def spelling(self) -> str:
         "How it is written in a command: DATASET or --max-samples"
         return self.name.upper() if self.bare else f"--{self.name.replace('_', '-')}"
 
-# %% ../nbs/96_grammar.ipynb #c4960cec
+# %% ../nbs/96_grammar.ipynb #9819e53b
 def options(function: Callable) -> list[Option]:
     "The parameters of `function` as options, in their order"
     comments, found = docments(function), []
@@ -52,7 +53,10 @@ def options(function: Callable) -> list[Option]:
         if is_dataclass(p.annotation):
             notes = docments(p.annotation)
             inner = [(f.name, f.type, getattr(p.default, f.name)) for f in fields(p.annotation)]
-            found += [Option(f"{p.name}.{n}", kind, value, notes[n] or "") for n, kind, value in inner]
+            flat = getattr(p.annotation, "FLAT", False)
+            for n, kind, value in inner:
+                at = f"{p.name}.{n}"
+                found.append(Option(n if flat else at, kind, value, notes[n] or "", place=at))
         else:
             bare = place == 0 and p.kind is p.POSITIONAL_OR_KEYWORD
             found.append(Option(p.name, p.annotation, p.default, comments[p.name] or "", bare))
@@ -93,7 +97,7 @@ def _sign(kind: Any) -> str:
         return "|".join(map(str, get_args(part)))
     return "A,B,…" if get_origin(part) in (list, tuple) else WORDS.get(part, ("", "VALUE"))[1]
 
-# %% ../nbs/96_grammar.ipynb #76d43771
+# %% ../nbs/96_grammar.ipynb #53496e85
 COMMON = (
     Option("config", Path, None, "YAML file with options; what stands on the command line comes first"),
     Option("print_config", bool, False, "print all options as YAML, to be edited and given to --config; run nothing"),
@@ -104,7 +108,7 @@ COMMON = (
 
 def _known(found: Sequence[Option]) -> dict[str, Option]:
     "Options by every name that is accepted, with underscores"
-    names = {o.name: o for o in found}
+    names = {o.name: o for o in found} | {o.place: o for o in found if o.place}
     return {a: names[n] for a, n in ALIASES.items() if n in names} | names
 
 
@@ -179,7 +183,7 @@ def _flat(entries: dict, known: dict[str, Option], name: str, prefix: str = "") 
         pairs += _flat(value, known, name, f"{key}.") if inner else [(option, value)]
     return pairs
 
-# %% ../nbs/96_grammar.ipynb #a43af061
+# %% ../nbs/96_grammar.ipynb #e28711be
 class _Checker(ArgumentParser):
     "jsonargparse without its exits: what it refuses is raised"
 
@@ -208,13 +212,15 @@ def _value(parser: ArgumentParser, option: Option, came: Any, where: str) -> Any
     "A value of the option's type; `InputError` says where it came from"
     if isinstance(came, str) and set(_parts(option.kind)) <= {str, Path, os.PathLike} and str in _parts(option.kind):
         return came
-    outer, _, inner = option.name.partition(".")
+    outer, _, inner = (option.place or option.name).partition(".")
     try:
-        return parser.parse_object({outer: {inner: came} if inner else came}, defaults=False)[option.name]
+        return parser.parse_object({outer: {inner: came} if inner else came}, defaults=False)[
+            option.place or option.name
+        ]
     except InputError as e:
         raise InputError(f"expected {_expected(option.kind)} for {where}; got {came!r}; see --help") from e
 
-# %% ../nbs/96_grammar.ipynb #19241482
+# %% ../nbs/96_grammar.ipynb #b44e8af8
 def resolve(
     function: Callable,  # a study's function
     words: Sequence[str],  # what follows the verb
@@ -232,13 +238,17 @@ def resolve(
     filed, known = read_config(files[0], found) if files else {}, {o.name: o for o in found}
     values = parser.get_defaults()
     for name, came in filed.items():
-        values[name] = _value(parser, known[name], came, f"{name} in --config {Path(files[0]).name}")
+        values[known[name].place or name] = _value(
+            parser, known[name], came, f"{name} in --config {Path(files[0]).name}"
+        )
     for o, text in given:
         if o not in COMMON:
-            values[o.name] = _value(parser, o, _untyped(o, text), o.spelling)
+            values[o.place or o.name] = _value(parser, o, _untyped(o, text), o.spelling)
     if "print_config" in asked:
         return parser.dump(values, skip_unset=False, skip_validation=True).rstrip()
-    missing = [f"{o.spelling} ({o.help})" for o in found if o.default is REQUIRED and values[o.name] is None]
+    missing = [
+        f"{o.spelling} ({o.help})" for o in found if o.default is REQUIRED and values[o.place or o.name] is None
+    ]
     need(not missing, " and ".join(missing), got="nothing", do=f"see {command} --help")
     return dict(vars(parser.instantiate(values)))
 

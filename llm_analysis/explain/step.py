@@ -121,14 +121,21 @@ def sample_of(
     known = (None if planted is None else tuple(planted), None if loo is None else np.array(loo, dtype=np.float64))
     return Sample(r["index"], a, r["label"], r["right"], *known)
 
-# %% ../../nbs/explain/47_step.ipynb #186d1026
+# %% ../../nbs/explain/47_step.ipynb #35c51a15
 class Explain(Step):
     "Attributions of the rows of a data set"
 
     schema = RECORD
 
-    def __init__(self, lm: LM, ask: Ask, left_out: dict[int, str] | None = None, dtype: str = "auto"):
-        self.lm, self.ask, self.left_out = lm, ask, left_out or {}
+    def __init__(
+        self,
+        lm: LM,  # as this process has it
+        ask: Ask,
+        left_out: dict[int, str] | None = None,  # id of a row → why it is not explained
+        dtype: str = "auto",  # as it was asked for
+        source: tuple[str, str | None] = ("", None),  # name of the data set, and its split
+    ):
+        self.lm, self.ask, self.left_out, self.source = lm, ask, left_out or {}, source
         self.name, self.revision, self.dtype, self.fingerprint = lm.name, lm.revision, dtype, lm.fingerprint
 
     def __getstate__(self) -> dict:
@@ -138,7 +145,12 @@ class Explain(Step):
         "Everything that the values depend on"
         value = dict(kind=type(self.ask.value).__name__) | asdict(self.ask.value)
         model = dict(model=self.name, fingerprint=self.fingerprint, revision=self.revision, dtype=self.dtype)
-        return model | asdict(self.ask) | dict(value=value, removal="delete")
+        return (
+            dict(zip(("dataset", "split"), self.source))
+            | model
+            | asdict(self.ask)
+            | dict(value=value, removal="delete")
+        )
 
     def setup(self, device: str) -> None:
         "Load the model, unless this is the process that has it; `WorldError` if it is not the same"

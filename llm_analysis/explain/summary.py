@@ -66,7 +66,7 @@ def score_lines(found: Hits) -> list[tuple[str, str]]:
         (f"{what}, random pick", f"{found.random:.0%} ({extra} on average)"),
     ]
 
-# %% ../../nbs/explain/45_summary.ipynb #a4d73602
+# %% ../../nbs/explain/45_summary.ipynb #fe568486
 @dataclass(frozen=True)
 class Summary:
     "What a run did; printed, it is the table at the end"
@@ -78,6 +78,7 @@ class Summary:
     left_out: int  # rows over `max_seq_len`
     seconds: float  # asking the model, wall time
     top_k: int = 3  # words named in a line
+    failed: int = 0  # rows that could not be explained
 
     @property
     def report(self) -> Path:
@@ -97,7 +98,12 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(_table(self) + ["", *(f"{name}: {what}" for name, what in [*facts(self), *_ending(self)])])
 
-# %% ../../nbs/explain/45_summary.ipynb #149aa51d
+# %% ../../nbs/explain/45_summary.ipynb #8ac69d67
+def _without(summary: Summary) -> str:
+    long = f", {summary.left_out:,} left out as too long" if summary.left_out else ""
+    return long + (f", {summary.failed:,} failed" if summary.failed else "")
+
+
 def facts(summary: Summary) -> list[tuple[str, str]]:
     "What was done and what came out, in pairs of text"
     done = [s.attribution for s in summary.samples]
@@ -107,7 +113,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("data set", summary.dataset),
         ("model", summary.model),
-        ("rows", f"{len(done):,}" + (f", {summary.left_out:,} left out as too long" if summary.left_out else "")),
+        ("rows", f"{len(done):,}" + _without(summary)),
         ("values", f"{exact:,} rows exact, {len(done) - exact:,} sampled"),
         ("evaluations", spent),
         *([("answered right", f"{sum(judged):,} of {len(judged):,}")] if judged else []),
