@@ -17,9 +17,12 @@ from test_explain import folder, lm, tokenizer  # noqa: F401
 
 from llm_analysis.core import InputError, WorldError
 from llm_analysis.explain import run as module
+from llm_analysis.explain import step
 from llm_analysis.explain.attribution import explain_text
 from llm_analysis.explain.report import SAMPLES, VALUES
 from llm_analysis.explain.run import run
+from llm_analysis.jobs.job import JobOptions
+from llm_analysis.jobs.verify import merge
 
 torch.set_num_threads(1)
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)> \x1b[31m "quoted"'
@@ -40,8 +43,9 @@ def done(folder, tmp_path_factory):  # noqa: F811
     return run(data, output_dir=room / "out" / "deep", model=str(folder), seed=5, **OWN)
 
 
-def test_three_files_and_no_more(done):
-    assert sorted(p.name for p in done.output_dir.iterdir()) == ["report.html", "samples.parquet", "values.parquet"]
+def test_files(done):
+    made = ["report.html", "samples.parquet", "values.parquet"]
+    assert sorted(p.name for p in done.output_dir.iterdir()) == ["_job", "data", "manifest.json", *made]
     assert [p.name for p in done.output_dir.parent.iterdir()] == ["deep"]
 
 
@@ -135,7 +139,7 @@ def test_refusals(tmp_path, folder, monkeypatch, error, match, texts, options): 
     def asked(*_, **__):
         raise AssertionError("the model was asked before the refusal")
 
-    monkeypatch.setattr(module, "explain_rows", asked)
+    monkeypatch.setattr(step, "explain_row", asked)
     refused(tmp_path, error, match, rows_file(tmp_path / "mine.jsonl", texts), folder, **options)
 
 
@@ -155,31 +159,111 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, folder):  # noqa:
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
-def test_nothing_half_written(tmp_path, folder, monkeypatch, interruption):  # noqa: F811
-    real = module.attribute
+@pytest.mark.parametrize("fault", [MemoryError("no room"), ValueError("odd"), KeyboardInterrupt()])
+def test_a_row_that_fails(tmp_path, folder, monkeypatch, fault):  # noqa: F811
+    "A row that fails is recorded, the others are explained; who stops at once keeps what is on disk"
+    real = step.explain_row
 
-    def stop_at_the_second(*args, row_id, **options):
-        if row_id == 1:
-            raise interruption
-        return real(*args, row_id=row_id, **options)
+    def fail_at_the_second(lm, row, ask):  # noqa: F811
+        if row["index"] == 1:
+            raise fault
+        return real(lm, row, ask)
 
-    monkeypatch.setattr(module, "attribute", stop_at_the_second)
-    data = rows_file(tmp_path / "mine.jsonl", ["fine", "good", "bad"])
-    with pytest.raises(interruption):
-        run(data, output_dir=tmp_path / "out", model=str(folder), **OWN)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.jsonl"]
+    data, out = rows_file(tmp_path / "mine.jsonl", ["fine", "good", "bad"]), tmp_path / "out"
+    monkeypatch.setattr(step, "explain_row", fail_at_the_second)
+    if isinstance(fault, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            run(data, output_dir=out, model=str(folder), **OWN)
+        assert not (out / "report.html").exists()
+        monkeypatch.setattr(step, "explain_row", real)
+        found = run(data, output_dir=out, model=str(folder), **OWN)
+        assert [s.row for s in found.samples] == [0, 1, 2]
+        return
+    found = run(data, output_dir=out, model=str(folder), **OWN)
+    assert ([s.row for s in found.samples], found.failed) == ([0, 2], 1) and "1 failed" in str(found)
+
+
+def test_goes_on_and_refuses_another_run(done, folder, tmp_path):  # noqa: F811
+    data = rows_file(tmp_path / "mine.jsonl", ["not very good", HOSTILE, LONG])
+    own = OWN | dict(model=str(folder), seed=5)
+    begun = run(data, output_dir=tmp_path / "out", jobs=JobOptions(max_runtime_minutes=0), **own)
+    assert (begun.left, begun.ended) == (3, "time is up") and not (tmp_path / "out" / "report.html").exists()
+    with pytest.raises(WorldError, match="3 rows left"):
+        module.finish(tmp_path / "out")
+    run(data, output_dir=tmp_path / "out", **own)
+    for name in ("values.parquet", "samples.parquet", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (done.output_dir / name).read_bytes()
+    for changed, named in ((dict(seed=6), "seed: old 5 → new 6"), (dict(budget=400), "budget")):
+        with pytest.raises(InputError, match=named):
+            run(data, output_dir=tmp_path / "out", **(own | changed))
+    other = rows_file(tmp_path / "other.jsonl", ["not very good", "another text", LONG])
+    with pytest.raises(InputError, match="data.columns.text"):
+        run(other, output_dir=tmp_path / "out", **own)
+
+
+def test_shards_in_places_of_their_own(done, folder, tmp_path):  # noqa: F811
+    "Two processes that know nothing of each other, merged, give the values of one"
+    data = rows_file(tmp_path / "mine.jsonl", ["not very good", HOSTILE, LONG])
+    for i in range(2):
+        spread = JobOptions(num_shards=2, shard_index=i, max_batch_size=1)
+        part = run(data, output_dir=tmp_path / str(i), model=str(folder), seed=5, jobs=spread, **OWN)
+        assert part.complete and part.rows < 3
+    merge([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
+    module.finish(tmp_path / "whole")
+    for name in ("values.parquet", "samples.parquet"):
+        mine, theirs = (pq.read_table(d / name) for d in (tmp_path / "whole", done.output_dir))
+        assert mine.replace_schema_metadata() == theirs.replace_schema_metadata()
+
+
+KILLED = """
+import sys
+from llm_analysis.explain.run import run
+from llm_analysis.jobs.job import JobOptions
+if __name__ == "__main__":
+    run(sys.argv[1], output_dir=sys.argv[2], model=sys.argv[3], prompt="Review: {text}\\nSentiment:", seed=5,
+        label_words=[" good", " bad"], device="cpu", route="padded",
+        jobs=JobOptions(num_workers=2, max_batch_size=1, part_rows=1))
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_under_two_workers(folder, tmp_path):  # noqa: F811
+    "The table of a run that was killed again and again is that of an undisturbed one"
+    texts = [f"{LONG} It was visit {i}" for i in range(40)]
+    data, script = rows_file(tmp_path / "mine.jsonl", texts), tmp_path / "killed.py"
+    script.write_text(KILLED)
+    rng, out = np.random.default_rng(0), tmp_path / "out"
+    command = [sys.executable, str(script), data, str(out), str(folder)]
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(6 + 4 * rng.random())
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command, check=True, capture_output=True)
+    whole = run(data, output_dir=tmp_path / "calm", model=str(folder), seed=5, **OWN)
+    assert len(whole.samples) == 40
+    for name in ("values.parquet", "samples.parquet"):
+        mine, calm = (pq.read_table(d / name).replace_schema_metadata() for d in (out, tmp_path / "calm"))
+        assert mine == calm
+    print(f"killed {kills} times")
 
 
 @pytest.mark.slow
 def test_ctrl_c(tmp_path, folder):  # noqa: F811
-    data = rows_file(tmp_path / "mine.jsonl", [LONG] * 5000)
-    code = f"from llm_analysis.explain.run import run; run({data!r}, output_dir={str(tmp_path / 'out')!r}, model={str(folder)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=os.getcwd())
-    seen = ""
-    while "row/s" not in seen and "s/row" not in seen:
-        seen += process.stderr.read(1)
-    time.sleep(0.5)
+    "The first Ctrl+C finishes the batch, says what is left, and ends without an error"
+    data = rows_file(tmp_path / "mine.jsonl", [LONG] * 500)
+    code = f"from llm_analysis.explain.run import run; print(run({data!r}, output_dir={str(tmp_path / 'out')!r}, model={str(folder)!r}))"
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    while not list((tmp_path / "out" / "_job" / "status").glob("*.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.jsonl"]
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "rows are left (interrupted)" in said

@@ -1,5 +1,6 @@
 """A run under a storm of signals: every row exactly once, nothing torn, nobody left over."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -8,6 +9,14 @@ from pathlib import Path
 import pytest
 
 from llm_analysis.jobs.testing import KINDS, Reader, faults, storm, texts
+
+
+@pytest.fixture
+def tmp_path():
+    "In memory where that is possible: signals are tested here, not the disk"
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as home:
+        yield Path(home)
+
 
 FULL = dict(zip(KINDS, (200, 150, 50, 10, 5, 3)))
 SHORT = dict(zip(KINDS, (8, 3, 2, 1, 1, 0)))
