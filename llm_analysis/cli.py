@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #eb8e01d1
+# %% ../nbs/98_cli.ipynb #e6b88c5d
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -32,6 +32,11 @@ class Command:
 
 COMMANDS = (
     Command("explain", "run", "llm_analysis.explain.run:run", "which words of a text moved the model's answer"),
+    Command("explain", "report", "llm_analysis.explain.run:finish", "the tables and the page of a run, made anew"),
+    Command("job", "status", "llm_analysis.jobs.command:status", "how far a run is, and who is at work on it"),
+    Command("job", "verify", "llm_analysis.jobs.command:verify", "read every part of a run; mend it with --repair"),
+    Command("job", "merge", "llm_analysis.jobs.command:merge", "bring together what was computed apart"),
+    Command("job", "compact", "llm_analysis.jobs.command:compact", "make few large parts of many small ones"),
 )
 
 # %% ../nbs/98_cli.ipynb #dbc81309

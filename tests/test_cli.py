@@ -244,7 +244,7 @@ def test_every_command_explains_each_of_its_options(capsys, command):
     for flag in ("--help", "--print-config"):
         assert main([command.study, command.verb, flag]) == 0
     shown = capsys.readouterr().out
-    assert all(o.spelling in shown and f"\n{o.name.split('.')[0]}:" in shown for o in options(function))
+    assert all(o.spelling in shown and f"\n{(o.place or o.name).split('.')[0]}:" in shown for o in options(function))
 
 
 def shell(line: str, **env: str) -> subprocess.CompletedProcess:

@@ -50,7 +50,7 @@ def check_rows(
     need(some, "a row to explain", got=f"{len(left_out)} over {limit} tokens", do="raise --max-seq-len")
     return left_out
 
-# %% ../../nbs/explain/48_run.ipynb #dc0de758
+# %% ../../nbs/explain/48_run.ipynb #ff1c6da0
 def _provenance(settings: dict, left_out: int) -> dict:
     "What is needed to make the same numbers again"
     value, own = dict(settings["value"]), {k: v for k, v in settings.items() if k not in ("value", "batch_tokens")}
@@ -59,14 +59,13 @@ def _provenance(settings: dict, left_out: int) -> dict:
 
 
 def finish(
-    output_dir: str | os.PathLike,  # folder of a complete run
+    folder: str | os.PathLike,  # output directory of a complete run
     *,
     top_k: int = 3,  # words named for each text
-    seconds: float = 0.0,  # that the run took, for its last line
 ) -> Summary:
-    "values.parquet, samples.parquet and report.html, made of the parts of a run; `WorldError` if rows are missing"
+    "Make the tables and the page of a run, or make them anew; `WorldError` if rows are missing"
     need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
-    folder, (_, log) = Path(output_dir), job.open_run(output_dir)
+    folder, (_, log) = Path(folder), job.open_run(folder)
     state = job.status_of(folder)
     fix = "run the same command again"
     need(state.left == 0, "a complete run", got=f"{state.left} rows left in {folder.name}", do=fix, error=WorldError)
@@ -75,7 +74,7 @@ def finish(
     why = next((reason for part in log.parts() for _, _, reason in part.skipped), "")
     need(found != (), "a row that could be explained", got=f"none: {why}", do="see job.skipped()", error=WorldError)
     name = f"{settings['model']} ({settings['fingerprint']})"
-    summary = Summary(settings["dataset"], name, folder, found, state.skipped, seconds, top_k, state.failed)
+    summary = Summary(settings["dataset"], name, folder, found, state.skipped, 0.0, top_k, state.failed)
     title = f"What moved {settings['model']} on {settings['dataset']}"
     page = report(found, title=title, facts=facts(summary), top_k=top_k)
     with tempfile.TemporaryDirectory(dir=folder / "_job") as room:
@@ -99,10 +98,19 @@ def _asked(
     words = tuple(label_words) if label_words else rows.labels
     return template, LabelMargin(words, chat) if words else AnswerLogprob(answer_tokens)
 
-# %% ../../nbs/explain/48_run.ipynb #849cbc3a
+# %% ../../nbs/explain/48_run.ipynb #e661f446
 ROWS = 8  # rows of a batch: each is a game of its own, so more would only make stopping slower
 
 
+def _work(rows: Rows, step: Explain, folder: str | os.PathLike, jobs: JobOptions, devices: str | list[str]):
+    "Run the step as a job over the columns that it reads"
+    needed = ["index", *filter(None, (rows.text_column, rows.label_column, rows.planted_column))]
+    options = replace(jobs, batch_tokens=1 << 20, max_batch_size=jobs.max_batch_size or ROWS)
+    return job.Job(
+        rows.dataset.select_columns(needed), step, output_dir=folder, options=options, devices=devices
+    ).run()
+
+# %% ../../nbs/explain/48_run.ipynb #1980413e
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -139,10 +147,7 @@ def run(
     columns = (rows.text_column, template, value, rows.label_column, rows.planted_column)
     ask = Ask(*columns, batch_tokens=jobs.batch_tokens, **own)
     step = Explain(lm, ask, check_rows(lm, rows, ask), dtype, (rows.name, rows.split))
-    options = replace(jobs, batch_tokens=1 << 20, max_batch_size=jobs.max_batch_size or ROWS)
-    spread = "auto" if device == "auto" and jobs.num_workers > 1 else [str(lm.device)]
-    needed = ["index", *filter(None, (rows.text_column, rows.label_column, rows.planted_column))]
-    done = job.Job(
-        rows.dataset.select_columns(needed), step, output_dir=output_dir, options=options, devices=spread
-    ).run()
-    return finish(output_dir, top_k=top_k, seconds=done.seconds) if done.complete and not jobs.num_shards else done
+    devices = "auto" if device == "auto" and jobs.num_workers > 1 else [str(lm.device)]
+    done = _work(rows, step, output_dir, jobs, devices)
+    left = not done.complete or jobs.num_shards
+    return done if left else replace(finish(output_dir, top_k=top_k), seconds=done.seconds)

@@ -121,11 +121,9 @@ def sample_of(
     known = (None if planted is None else tuple(planted), None if loo is None else np.array(loo, dtype=np.float64))
     return Sample(r["index"], a, r["label"], r["right"], *known)
 
-# %% ../../nbs/explain/47_step.ipynb #35c51a15
-class Explain(Step):
-    "Attributions of the rows of a data set"
-
-    schema = RECORD
+# %% ../../nbs/explain/47_step.ipynb #ffb75c6f
+class _Loaded(Step):
+    "A step with a model, which it loads again in every other process"
 
     def __init__(
         self,
@@ -158,6 +156,12 @@ class Explain(Step):
             self.lm = load(self.name, device=device, dtype=self.dtype, revision=self.revision)
         same, got = self.lm.fingerprint == self.fingerprint, f"{self.lm.fingerprint} in this process"
         need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
+
+# %% ../../nbs/explain/47_step.ipynb #068a5fa9
+class Explain(_Loaded):
+    "Attributions of the rows of a data set"
+
+    schema = RECORD
 
     def leave_out(self, row: dict) -> str | None:
         "Why the row is not explained"

@@ -66,7 +66,7 @@ def score_lines(found: Hits) -> list[tuple[str, str]]:
         (f"{what}, random pick", f"{found.random:.0%} ({extra} on average)"),
     ]
 
-# %% ../../nbs/explain/45_summary.ipynb #fe568486
+# %% ../../nbs/explain/45_summary.ipynb #9611e7a5
 @dataclass(frozen=True)
 class Summary:
     "What a run did; printed, it is the table at the end"
@@ -76,7 +76,7 @@ class Summary:
     output_dir: Path
     samples: tuple[Sample, ...]  # at least one
     left_out: int  # rows over `max_seq_len`
-    seconds: float  # asking the model, wall time
+    seconds: float  # asking the model, wall time; 0: not known
     top_k: int = 3  # words named in a line
     failed: int = 0  # rows that could not be explained
 
@@ -98,7 +98,7 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(_table(self) + ["", *(f"{name}: {what}" for name, what in [*facts(self), *_ending(self)])])
 
-# %% ../../nbs/explain/45_summary.ipynb #8ac69d67
+# %% ../../nbs/explain/45_summary.ipynb #e63c9092
 def _without(summary: Summary) -> str:
     long = f", {summary.left_out:,} left out as too long" if summary.left_out else ""
     return long + (f", {summary.failed:,} failed" if summary.failed else "")
@@ -124,7 +124,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 
 def _ending(summary: Summary) -> list[tuple[str, str]]:
     tokens = sum(s.attribution.computed for s in summary.samples)
-    return [("time", f"{summary.seconds:.1f} s for {tokens:,} tokens"), ("page", str(summary.report))]
+    time = [("time", f"{summary.seconds:.1f} s for {tokens:,} tokens")] if summary.seconds else []
+    return [*time, ("page", str(summary.report))]
 
 # %% ../../nbs/explain/45_summary.ipynb #5d6e8259
 def shortened(
