@@ -321,11 +321,19 @@ sys.exit(0 if s.complete else 5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_commits_and_says_what_is_left(tmp_path, workers, number):
     (tmp_path / "pause").write_text("0.05")
-    process = run_script(LEAD, str(tmp_path), str(workers), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = run_script(
+        LEAD,
+        str(tmp_path),
+        str(workers),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_for(lambda: (tmp_path / "computed").exists())
     time.sleep(0.5)
     asked = time.monotonic()
-    process.send_signal(number)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl+C is everybody's
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 5 and time.monotonic() - asked < 5
     assert "rows are left (interrupted); run the same again" in said and "Ctrl+C again stops at once" in errors
@@ -357,17 +365,14 @@ def test_twice_stops_at_once_and_tears_nothing(tmp_path, workers):
 
 
 def test_deadline_with_workers(tmp_path):
-    job = lambda minutes: Job(
-        numbers(240),
-        Numbers(device=0.05),
-        output_dir=tmp_path / "out",
-        options=JobOptions(num_workers=2, batch_tokens=4, max_runtime_minutes=minutes),
-        **QUIET,
-    )
+    def job(minutes, device=0.0):
+        options = JobOptions(num_workers=2, batch_tokens=4, max_runtime_minutes=minutes)
+        return Job(numbers(400), Numbers(device=device), output_dir=tmp_path / "out", options=options, **QUIET)
+
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    summary = job(2.5 / 60).run()
-    assert summary.ended == "time is up" and 0 < summary.left < 240 and summary.seconds < 10
+    summary = job(5 / 60, device=0.2).run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert summary.ended == "time is up" and 0 < summary.left < 400 and summary.seconds < 10
     assert job(0.0).run().left == summary.left and job(None).run().complete
 
 
