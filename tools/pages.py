@@ -72,9 +72,21 @@ def exports(cell: dict) -> bool:
     return bool({"export", "exports", "exporti"} & set(marks(cell)))
 
 
+def owner_of(node: Entry) -> str:
+    "The class to which fastcore's `patch` adds a function; empty: it is a function by itself"
+    patched = isinstance(node, FUNCTION) and any(ast.unparse(d) == "patch" for d in node.decorator_list)
+    return ast.unparse(node.args.args[0].annotation) if patched else ""
+
+
+def known_as(node: Entry) -> str:
+    "The name by which a function or class is known: `Job.run` where it was added to a class"
+    return f"{owner_of(node)}.{node.name}".lstrip(".")
+
+
 def public(tree: ast.Module) -> list[Entry]:
     "Functions and classes of a module that are meant for others"
-    return [n for n in tree.body if isinstance(n, Entry) and not n.name.startswith("_")]
+    found = [n for n in tree.body if isinstance(n, Entry)]
+    return [n for n in found if not n.name.startswith("_") and not known_as(n).startswith("_")]
 
 
 def imported(source: str) -> dict[str, str]:
@@ -93,7 +105,7 @@ def read_page(notebook: str) -> Page:
     if named and any(map(exports, page.cells)):
         page.module = named[0]
         tree = ast.parse((ROOT / page.file).read_text(encoding="utf-8"))
-        page.symbols = {n.name: n.lineno for n in public(tree)}
+        page.symbols = {known_as(n): n.lineno for n in public(tree)}
     return page
 
 
@@ -216,7 +228,7 @@ def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
 def entry(node: Entry, page: Page, said: dict[int, str], offset: int, owner: str = "") -> str:
     "Heading, call, meaning, table, and the same for a class's public methods"
     name = f"{owner}.{node.name}" if owner else node.name
-    line = page.symbols[node.name] if not owner else node.lineno + offset
+    line = page.symbols[name] if not owner or owner_of(node) else node.lineno + offset
     rows = fields(node, said) if isinstance(node, ast.ClassDef) else parameters(node, said)
     heading = f"{'####' if owner else '###'} `{name}` {{ #{name} .symbol }}\n"
     source = f'<a class="source" href="{BLOB}/{page.file}#L{line}" title="{page.file}, line {line}">source</a>\n'
@@ -248,7 +260,7 @@ def exported(cell: dict, page: Page) -> str:
     if all(isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body):
         return ""
     said = comments(source)
-    entries = [entry(n, page, said, 0) for n in public(ast.parse(source))]
+    entries = [entry(n, page, said, 0, owner_of(n)) for n in public(ast.parse(source))]
     names = [getattr(n, "name", None) or ast.unparse(getattr(n, "targets", [n])[0]) for n in tree.body]
     named = ", ".join(f"`{n}`" for n in names if len(n) < 40)
     return "\n".join([*entries, folded(f"Source: {named}", source)])
