@@ -215,6 +215,17 @@ def test_shards_in_places_of_their_own(done, folder, tmp_path):  # noqa: F811
         assert mine.replace_schema_metadata() == theirs.replace_schema_metadata()
 
 
+def test_two_workers_give_the_table_of_one(done, folder, tmp_path, monkeypatch):  # noqa: F811
+    "Workers load the model by the folder that was named, and say the same"
+    data = rows_file(tmp_path / "mine.jsonl", ["not very good", HOSTILE, LONG])
+    spread = JobOptions(num_workers=2, max_batch_size=1)
+    monkeypatch.chdir(folder.parent)
+    run(data, output_dir=tmp_path / "out", model=folder.name, seed=5, jobs=spread, **OWN)
+    for name in ("values.parquet", "samples.parquet"):
+        mine, theirs = (pq.read_table(d / name) for d in (tmp_path / "out", done.output_dir))
+        assert mine.replace_schema_metadata() == theirs.replace_schema_metadata()
+
+
 KILLED = """
 import sys
 from llm_analysis.explain.run import run
@@ -244,7 +255,8 @@ def test_killed_ten_times_under_two_workers(folder, tmp_path):  # noqa: F811
             process.kill()
             process.wait()
             kills += 1
-    subprocess.run(command, check=True, capture_output=True)
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr[-2000:]
     whole = run(data, output_dir=tmp_path / "calm", model=str(folder), seed=5, **OWN)
     assert len(whole.samples) == 40
     for name in ("values.parquet", "samples.parquet"):

@@ -110,7 +110,7 @@ def _work(rows: Rows, step: Explain, folder: str | os.PathLike, jobs: JobOptions
         rows.dataset.select_columns(needed), step, output_dir=folder, options=options, devices=devices
     ).run()
 
-# %% ../../nbs/explain/48_run.ipynb #1980413e
+# %% ../../nbs/explain/48_run.ipynb #60e86c45
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -146,7 +146,7 @@ def run(
     own = dict(chat=chat, unit=players, max_seq_len=max_seq_len, budget=budget, seed=seed, route=route)
     columns = (rows.text_column, template, value, rows.label_column, rows.planted_column)
     ask = Ask(*columns, batch_tokens=jobs.batch_tokens, **own)
-    step = Explain(lm, ask, check_rows(lm, rows, ask), dtype, (rows.name, rows.split))
+    step = Explain(lm, ask, rows.model, check_rows(lm, rows, ask), dtype, (rows.name, rows.split))
     devices = "auto" if device == "auto" and jobs.num_workers > 1 else [str(lm.device)]
     done = _work(rows, step, output_dir, jobs, devices)
     left = not done.complete or jobs.num_shards

@@ -121,7 +121,7 @@ def sample_of(
     known = (None if planted is None else tuple(planted), None if loo is None else np.array(loo, dtype=np.float64))
     return Sample(r["index"], a, r["label"], r["right"], *known)
 
-# %% ../../nbs/explain/47_step.ipynb #ffb75c6f
+# %% ../../nbs/explain/47_step.ipynb #57e9a589
 class _Loaded(Step):
     "A step with a model, which it loads again in every other process"
 
@@ -129,12 +129,14 @@ class _Loaded(Step):
         self,
         lm: LM,  # as this process has it
         ask: Ask,
+        place: str | None = None,  # what other processes load it by: a Hub id, a folder, tiny; None: its name
         left_out: dict[int, str] | None = None,  # id of a row → why it is not explained
         dtype: str = "auto",  # as it was asked for
         source: tuple[str, str | None] = ("", None),  # name of the data set, and its split
     ):
         self.lm, self.ask, self.left_out, self.source = lm, ask, left_out or {}, source
         self.name, self.revision, self.dtype, self.fingerprint = lm.name, lm.revision, dtype, lm.fingerprint
+        self.place = place or lm.name
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"lm": None, "left_out": {}}
@@ -153,7 +155,7 @@ class _Loaded(Step):
     def setup(self, device: str) -> None:
         "Load the model, unless this is the process that has it; `WorldError` if it is not the same"
         if self.lm is None or self.lm.device.type != device.partition(":")[0]:
-            self.lm = load(self.name, device=device, dtype=self.dtype, revision=self.revision)
+            self.lm = load(self.place, device=device, dtype=self.dtype, revision=self.revision)
         same, got = self.lm.fingerprint == self.fingerprint, f"{self.lm.fingerprint} in this process"
         need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
 
