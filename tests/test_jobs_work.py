@@ -579,7 +579,8 @@ def test_nothing_heavy_is_imported():
     assert process.communicate(timeout=60)[0].strip() == "[]"
 
 
-def test_a_log_file_gets_lines(tmp_path):
+def test_a_log_file_gets_lines(tmp_path, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     ledger = tmp_path / "l"
     ledger.mkdir()
     assert start(ledger, rows=300, workers=2).wait(60) == 0
