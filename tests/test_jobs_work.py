@@ -506,6 +506,20 @@ def test_string_ids_and_a_row_over_the_budget(tmp_path):
     }
 
 
+def test_lengths_from_a_column(tmp_path):
+    "The column is used instead of the step's own count, and a row without a length says so"
+    rows = [{"x": i, "tokens": [1, 2, 5, None][i % 4]} for i in range(40)]
+    options = JobOptions(batch_tokens=10, length_column="tokens")
+    job = Job(rows, Numbers(), output_dir=tmp_path / "out", options=options, max_seq_len=4, **QUIET)
+    assert job.run().complete and squares(job) == {i: i * i for i in range(40) if i % 4 < 2}
+    reasons = {r["id"] % 4: r["reason"] for r in job.skipped().to_pylist()}
+    assert reasons == {2: "longer than max_seq_len: 5 tokens", 3: "no length in column 'tokens'"}
+    assert sorted(set(job.plan().length.tolist())) == [0, 1, 2]
+    with pytest.raises(InputError, match="near: tokens"):
+        wrong = JobOptions(length_column="token")
+        Job(rows, Numbers(), output_dir=tmp_path / "other", options=wrong, **QUIET).run()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_empty_and_one(tmp_path, workers):
     options = JobOptions(num_workers=workers)
@@ -519,7 +533,7 @@ def test_empty_and_one(tmp_path, workers):
 
 def test_refusals_name_what_differs(tmp_path):
     def job(data=None, step=None, **options):
-        own = {k: options.pop(k) for k in ("id_column", "max_seq_len", "window", "length_column") if k in options}
+        own = {k: options.pop(k) for k in ("id_column", "max_seq_len", "window") if k in options}
         options = JobOptions(**({"batch_tokens": 8} | options))
         return Job(
             numbers(40) if data is None else data,

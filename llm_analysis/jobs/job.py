@@ -35,7 +35,7 @@ from .rows import measure, row_ids
 from .step import Source, Step
 from .work import Loop
 
-# %% ../../nbs/jobs/18_job.ipynb #ee4c54a7
+# %% ../../nbs/jobs/18_job.ipynb #83fe1246
 @dataclass(frozen=True)
 class JobOptions:
     "How a long run is cut, spread and stopped; none of these changes what is computed for a row"
@@ -49,6 +49,7 @@ class JobOptions:
     part_rows: int | None = None  # rows after which a part is written; None: no such limit
     part_mb: float = 64.0  # megabytes of results after which a part is written; one is also written every minute
     max_runtime_minutes: float | None = None  # stop after this time: finish the batch, write it, say what is left
+    length_column: str | None = None  # column of the data set with each row's length in tokens; None: the step counts
     num_shards: int | None = None  # divide the data set between this many processes that need not know each other
     shard_index: int | None = None  # which of them this is, from 0
     force_restart: bool = False  # move an older run in the output directory aside (to NAME.old-1, …) and begin anew
@@ -170,7 +171,7 @@ def move_aside(
     os.rename(folder, target)
     return target
 
-# %% ../../nbs/jobs/18_job.ipynb #d9084b6e
+# %% ../../nbs/jobs/18_job.ipynb #c6f07e48
 TOKENS = 16_384  # of a batch, if nothing else is said
 STATIC = 8  # shards of each process in static mode
 
@@ -178,7 +179,7 @@ STATIC = 8  # shards of each process in static mode
 class _Planned:
     "The plan of a run, and the folder that holds it"
 
-    def __init__(self, dataset, step, output_dir, options, id_column, max_seq_len, length_column, window, loop):
+    def __init__(self, dataset, step, output_dir, options, id_column, max_seq_len, window, loop):
         need(isinstance(step, Step), "a Step", got=type(step).__name__, do="subclass llm_analysis.jobs.step.Step")
         need(hasattr(step, "schema"), f"a schema of {type(step).__name__}", got="none", do="set it on the class")
         fix = f"begin the schema with a column {id_column!r} for the ids, or name another id_column"
@@ -186,7 +187,6 @@ class _Planned:
         self.source, self.step, self.folder = Source(dataset, id_column), step, Path(output_dir)
         self.options, self.id_column, self.loop = options or JobOptions(), id_column, loop
         self.planning = dict(max_seq_len=max_seq_len, window=window)
-        self.length_column = length_column
 
     def say(self, text: str) -> None:
         "Tell whoever watches"
@@ -198,7 +198,7 @@ class _Planned:
         own = dict(batch_tokens=o.batch_tokens or TOKENS, max_batch_size=o.max_batch_size, **self.planning)
         return own | dict(static=None if o.num_shards is None else o.num_shards * STATIC)
 
-# %% ../../nbs/jobs/18_job.ipynb #dbcacd66
+# %% ../../nbs/jobs/18_job.ipynb #756fb440
 @patch
 def plan(self: _Planned) -> Plan:
     "The plan on disk if it fits, else a new one"
@@ -207,10 +207,11 @@ def plan(self: _Planned) -> Plan:
         plan = load_plan(path)
         if wanted == {k: v for k, v in plan.settings.items() if k != "shards"}:
             return plan
-    shards = held["plan"]["shards"] if held else max(160, 20 * self.options.num_workers)
+    o = self.options
+    shards = held["plan"]["shards"] if held else max(160, 20 * o.num_workers)
     if len(self.source) > 10_000:
         self.say(f"measuring {len(self.source):,} rows")
-    own = dict(length_column=self.length_column, on_error=self.loop.on_error, workers=self.options.num_workers)
+    own = dict(length_column=o.length_column, on_error=self.loop.on_error, workers=o.num_workers)
     m = measure(self.source.data, self.step, **own)
     return make_plan(m.length, m.cost, reasons=m.reason, shards=shards, **wanted)
 
@@ -225,7 +226,8 @@ def settle(self: _Planned) -> tuple[Plan, Log]:
     if self.options.force_restart and (old := move_aside(self.folder)):
         self.say(f"the older run is now in {old.name}")
     plan, step = self.plan(), self.step
-    settings = {**step.settings(), **({"length_column": self.length_column} if self.length_column else {})}
+    counted = self.options.length_column
+    settings = {**step.settings(), **({"length_column": counted} if counted else {})}
     own = dict(step=type(step).__name__, version=step.version, settings=settings, schema=step.schema, plan=plan)
     spec = identity.make_spec(self.source.data, id_column=self.id_column, **own)
     identity.save_spec(self.folder, spec)
@@ -245,7 +247,7 @@ def open_run(
     schema = identity.schema_from_json(spec["schema"])
     return load_plan(folder / "_job" / "plan.parquet"), Log(folder, identity.spec_fingerprint(spec), schema)
 
-# %% ../../nbs/jobs/18_job.ipynb #5b55ad1e
+# %% ../../nbs/jobs/18_job.ipynb #d1d6e4cf
 class Job(_Planned):
     "A run of a step over a data set; construct it again, the same, to continue or to look at the results"
 
@@ -258,7 +260,6 @@ class Job(_Planned):
         options: JobOptions | None = None,  # how it is cut, spread and stopped
         id_column: str = "index",  # column that names rows; without a column `index` they are numbered
         max_seq_len: int | None = None,  # rows of more tokens are left out, with the reason; None: none is
-        length_column: str | None = None,  # column that holds lengths, instead of the step's `length`
         window: int | None = None,  # sort inside stretches of this many rows only; None: over all
         part_seconds: float = 60.0,  # age of the oldest finished work that a part may reach
         on_error: str = "record",  # record rows that fail, or raise: stop at the first, by name
@@ -268,7 +269,7 @@ class Job(_Planned):
     ):
         o = options or JobOptions()
         loop = Loop(part_mb=o.part_mb, part_rows=o.part_rows, part_seconds=part_seconds, on_error=on_error)
-        super().__init__(dataset, step, output_dir, o, id_column, max_seq_len, length_column, window, loop)
+        super().__init__(dataset, step, output_dir, o, id_column, max_seq_len, window, loop)
         self.devices, self.patience, self.progress = devices, patience, progress
 
 # %% ../../nbs/jobs/18_job.ipynb #dbdfb93f
