@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prompts', 'Evaluator', 'Packed', 'label_tokens', 'Question', 'label_scores', 'LabelMargin', 'greedy', 'AnswerLogprob']
 
-# %% ../../nbs/explain/43_values.ipynb #dae983e2
+# %% ../../nbs/explain/43_values.ipynb #5cd0446b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..core import need
-from .players import Players, tokenise
+from .players import Players
 from ..lm.model import LM
 from ..lm.packing import Report, logits, token_logprobs
+from ..lm.prompt import tokenise
 
 # %% ../../nbs/explain/43_values.ipynb #9af9fe0c
 Prompts = Sequence[Int[np.ndarray, "_"]]  # token ids of many prompts
