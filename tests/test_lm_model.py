@@ -10,7 +10,7 @@ from loopback_hub import COMMIT, serve
 from safetensors.torch import load_file, save_file
 
 from llm_analysis.core import InputError, WorldError
-from llm_analysis.lm.model import fingerprint, load
+from llm_analysis.lm.model import fingerprint, load, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,21 @@ def test_hub_then_cache_then_nothing(checkpoint, tmp_path, hub_at):
         hub_at("http://127.0.0.1:9", home="elsewhere", offline=offline)
         with pytest.raises(WorldError, match="got 'org/good', not a folder here, not in the Hub's cache"):
             load("org/good", device="cpu")
+
+
+def test_a_tokenizer_comes_without_weights(checkpoint, tmp_path, hub_at):
+    with serve({"org/good": checkpoint}) as (address, log):
+        hub_at(address)
+        alone = load_tokenizer("org/good")
+        assert (alone.name, alone.revision) == ("org/good", COMMIT)
+        assert not [line for line in log if "safetensors" in line]
+    hub_at("http://127.0.0.1:9", offline=True)
+    assert load_tokenizer("org/good").fingerprint == alone.fingerprint == load_tokenizer(checkpoint).fingerprint
+    with pytest.raises(WorldError, match="got 'org/other', not a folder here, not in the Hub's cache"):
+        load_tokenizer("org/other")
+    folder = copy(checkpoint, tmp_path)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    assert load_tokenizer(folder).fingerprint != alone.fingerprint
 
 
 @pytest.mark.parametrize("family", CONFIGS)
