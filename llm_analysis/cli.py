@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #e6b88c5d
+# %% ../nbs/98_cli.ipynb #df6eb599
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -33,6 +33,9 @@ class Command:
 COMMANDS = (
     Command("explain", "run", "llm_analysis.explain.run:run", "which words of a text moved the model's answer"),
     Command("explain", "report", "llm_analysis.explain.run:finish", "the tables and the page of a run, made anew"),
+    Command(
+        "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"
+    ),
     Command("job", "status", "llm_analysis.jobs.command:status", "how far a run is, and who is at work on it"),
     Command("job", "verify", "llm_analysis.jobs.command:verify", "read every part of a run; mend it with --repair"),
     Command("job", "merge", "llm_analysis.jobs.command:merge", "bring together what was computed apart"),

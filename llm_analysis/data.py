@@ -174,14 +174,15 @@ def _tiny(preset: Preset, split: str | None) -> tuple[Dataset, str, Preset]:
     labels = tuple(LABELS[kind]) if kind in LABELS else None
     return world(kind, split=split), split, replace(preset, prompt=prompt, labels=labels)
 
-# %% ../nbs/38_data.ipynb #251e049e
+# %% ../nbs/38_data.ipynb #16d522ab
 _ABOUT = "rows"  # the entry of a step's settings
 
 
 def about(rows: Rows) -> dict[str, dict]:  # plain JSON, to be joined to the settings of a step that hands rows on
-    "What is known of rows, so that it is known of the run's results too"
+    "What is known of rows, so that it is known of the run's results too; a model's folder is not: it may be elsewhere"
     own = (rows.name, rows.split, rows.text_column, rows.prompt, rows.label_column)
-    return {_ABOUT: asdict(Preset(*own, rows.labels, rows.planted_column, rows.model))}
+    here = rows.model != "tiny" and Path(rows.model).expanduser().exists()
+    return {_ABOUT: asdict(Preset(*own, rows.labels, rows.planted_column, None if here else rows.model))}
 
 
 def _run(
@@ -190,8 +191,8 @@ def _run(
     "The results of a finished run as rows"
     found, name = open_results(folder), folder.resolve().name
     said, names = found.settings.get(_ABOUT, {}), {f.name for f in fields(Preset)}
-    known = Preset(**({"dataset": name} | {k: v for k, v in said.items() if k in names}))
-    known = replace(known, labels=tuple(known.labels) if known.labels else None)
+    said = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in names}  # JSON has no tuples
+    known = Preset(**{"dataset": name} | said)
     fix = "leave --split out"
     need(split in (None, known.split), f"the split of the run, {known.split}", got=repr(split), do=fix)
     data, ids = Dataset(found.table), found.table[found.id_column]
@@ -245,7 +246,7 @@ def _source(
         data, known = read_file(path, limit), Preset(path.stem)
     return data, split, known, ()
 
-# %% ../nbs/38_data.ipynb #787f4c12
+# %% ../nbs/38_data.ipynb #255a7055
 def open_rows(
     dataset: str,  # tiny/reviews (news, facts, chat), a .csv, .tsv, .jsonl, .json or .parquet file, a folder (also of a finished run), or OWNER/NAME
     *,
@@ -275,6 +276,8 @@ def open_rows(
         data = _renamed(data)
     if "index" not in data.column_names:
         data = data.add_column("index", list(range(len(data))))
+    missing, what = model is None and home == "run" and known.model is None, f"a model for the rows of {known.dataset}"
+    need(not missing or not known.text, what, got="none", do="name one with --model")
     if model is None and known.model:
         notes += (f"model: {known.model}, as in the run that these rows come from; --model names another",)
     elif model is None:
