@@ -10,6 +10,7 @@ import time
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +23,9 @@ from llm_analysis.explain.attribution import explain_text
 from llm_analysis.explain.report import SAMPLES, VALUES
 from llm_analysis.explain.run import run
 from llm_analysis.jobs.job import JobOptions
+from llm_analysis.jobs.plan import load_plan
 from llm_analysis.jobs.verify import merge
+from llm_analysis.lengths import add_lengths
 
 torch.set_num_threads(1)
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)> \x1b[31m "quoted"'
@@ -224,6 +227,44 @@ def test_two_workers_give_the_table_of_one(done, folder, tmp_path, monkeypatch):
     for name in ("values.parquet", "samples.parquet"):
         mine, theirs = (pq.read_table(d / name) for d in (tmp_path / "out", done.output_dir))
         assert mine.replace_schema_metadata() == theirs.replace_schema_metadata()
+
+
+def test_lengths_that_were_counted_before_make_the_plan(done, folder, tmp_path):  # noqa: F811
+    "The folder of `job lengths` as the data set: its column is what the plan is made of, and no value changes"
+    data = rows_file(tmp_path / "mine.jsonl", ["not very good", HOSTILE, LONG])
+    add_lengths(data, output_dir=tmp_path / "counted", model=str(folder), prompt=OWN["prompt"])
+    own = OWN | dict(model=str(folder), seed=5)
+    run(data, output_dir=tmp_path / "plain", **own)
+    counted = str(tmp_path / "counted")
+    for column in ("length", "tenfold"):
+        if column == "tenfold":
+            table = pq.read_table(next((tmp_path / "counted" / "data").iterdir())).sort_by("index")
+            ten = table.append_column(column, pc.multiply(table["length"], 10)).drop_columns(["index"])
+            pq.write_table(ten, counted := str(tmp_path / "mine.parquet"))
+        run(counted, output_dir=tmp_path / column, jobs=JobOptions(length_column=column), **own)
+    plain, length, tenfold = (
+        load_plan(tmp_path / x / "_job" / "plan.parquet") for x in ("plain", "length", "tenfold")
+    )
+    assert length == plain
+    assert (tenfold.length == 10 * plain.length).all() and (tenfold.cost == 10 * plain.cost).all()
+    for name in ("values.parquet", "samples.parquet"):
+        tables = (pq.read_table(d / name).replace_schema_metadata() for d in (tmp_path / "length", done.output_dir))
+        assert next(tables) == next(tables)
+
+
+@pytest.mark.parametrize(
+    "error, match, column",
+    [
+        (InputError, "a column 'lenght' with lengths; got none of that name; near: length", "lenght"),
+        (InputError, "whole numbers in column 'text'", "text"),
+        (WorldError, "lengths of at least 1 token in column 'length'; got null in row 1", "length"),
+    ],
+)
+def test_a_column_of_lengths_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch, error, match, column):
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"text": "fine", "length": 4}\n{"text": "good", "length": null}\n')
+    monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    refused(tmp_path, error, match, str(data), "tiny", jobs=JobOptions(length_column=column))
 
 
 KILLED = """

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'check_rows', 'finish', 'run']
 
-# %% ../../nbs/explain/48_run.ipynb #bbc44843
+# %% ../../nbs/explain/48_run.ipynb #00ff0370
 import os
 import sys
 import tempfile
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core import InputError, WorldError, need
-from ..data import Rows, open_rows
+from ..data import Rows, check_lengths, open_rows
 from .attribution import check_length
 from .players import check_request
 from .report import report, versions, write
@@ -98,19 +98,18 @@ def _asked(
     words = tuple(label_words) if label_words else rows.labels
     return template, LabelMargin(words, chat) if words else AnswerLogprob(answer_tokens)
 
-# %% ../../nbs/explain/48_run.ipynb #e661f446
+# %% ../../nbs/explain/48_run.ipynb #d921f16a
 ROWS = 8  # rows of a batch: each is a game of its own, so more would only make stopping slower
 
 
 def _work(rows: Rows, step: Explain, folder: str | os.PathLike, jobs: JobOptions, devices: str | list[str]):
     "Run the step as a job over the columns that it reads"
-    needed = ["index", *filter(None, (rows.text_column, rows.label_column, rows.planted_column))]
+    read = ("index", rows.text_column, rows.label_column, rows.planted_column, jobs.length_column)
+    data = rows.dataset.select_columns(list(dict.fromkeys(filter(None, read))))
     options = replace(jobs, batch_tokens=1 << 20, max_batch_size=jobs.max_batch_size or ROWS)
-    return job.Job(
-        rows.dataset.select_columns(needed), step, output_dir=folder, options=options, devices=devices
-    ).run()
+    return job.Job(data, step, output_dir=folder, options=options, devices=devices).run()
 
-# %% ../../nbs/explain/48_run.ipynb #60e86c45
+# %% ../../nbs/explain/48_run.ipynb #918a5082
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -139,6 +138,7 @@ def run(
     if read_spec(output_dir) is None:
         check(output_dir, {})
     rows = open_rows(dataset, split=split, text_column=text_column, max_samples=max_samples, model=model)
+    check_lengths(rows, jobs.length_column)
     for note in rows.notes:
         print(note, file=sys.stderr)
     template, value = _asked(rows, prompt, label_words, chat, players, answer_tokens)
