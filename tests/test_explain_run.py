@@ -1,5 +1,6 @@
 """`explain.run`: what it writes, what it refuses, and that nothing half-written stays behind."""
 
+import copy
 import json
 import os
 import signal
@@ -17,15 +18,21 @@ import torch
 from test_explain import folder, lm, tokenizer  # noqa: F401
 
 from llm_analysis.core import InputError, WorldError
+from llm_analysis.data import Rows
 from llm_analysis.explain import run as module
 from llm_analysis.explain import step
 from llm_analysis.explain.attribution import explain_text
+from llm_analysis.explain.players import find_players
 from llm_analysis.explain.report import SAMPLES, VALUES
 from llm_analysis.explain.run import run
+from llm_analysis.explain.values import LabelMargin
+from llm_analysis.jobs import job, parts, progress
 from llm_analysis.jobs.job import JobOptions
 from llm_analysis.jobs.plan import load_plan
+from llm_analysis.jobs.rows import measure
 from llm_analysis.jobs.verify import merge
 from llm_analysis.lengths import add_lengths
+from llm_analysis.lm.model import load
 
 torch.set_num_threads(1)
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)> \x1b[31m "quoted"'
@@ -99,6 +106,51 @@ def test_same_run_same_bytes(done, folder, tmp_path):  # noqa: F811
     run(data, output_dir=tmp_path / "again", model=str(folder), seed=5, **OWN)
     for name in ("values.parquet", "samples.parquet", "report.html"):
         assert (tmp_path / "again" / name).read_bytes() == (done.output_dir / name).read_bytes()
+
+
+def test_each_text_is_looked_at_once_before_work_begins(folder, tmp_path, monkeypatch):  # noqa: F811
+    "Also those that are left out; the plan is made of what was seen then"
+    seen, before = [], []
+    look, explain = step.Ask.players, step.explain_row
+    monkeypatch.setattr(step.Ask, "players", lambda ask, lm, text: seen.append(text) or look(ask, lm, text))
+    monkeypatch.setattr(step, "explain_row", lambda *a: before.append(len(seen)) or explain(*a))
+    texts = ["not very good", HOSTILE, "! " * 200, LONG]
+    data = rows_file(tmp_path / "mine.jsonl", texts)
+    run(data, output_dir=tmp_path / "out", model=str(folder), max_seq_len=96, **OWN)
+    assert seen[: before[0]] == texts and len(before) == 3
+    plan = load_plan(tmp_path / "out" / "_job" / "plan.parquet")
+    lm = load(folder, device="cpu")  # noqa: F811
+    found = {i: find_players(lm.tokenizer, t, prompt=OWN["prompt"]) for i, t in enumerate(texts)}
+    assert dict(zip(plan.order.tolist(), plan.length.tolist())) == {i: len(found[i].ids) for i in (0, 1, 3)} | {2: 0}
+    games = {i: 2 ** len(p) if len(p) <= 12 else 32 * len(p) for i, p in found.items() if i != 2}
+    assert dict(zip(plan.order.tolist(), plan.cost.tolist())) == {
+        i: n * len(found[i].ids) for i, n in games.items()
+    } | {2: 0}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_other_processes_measure_rows_alike(lm, folder, known):  # noqa: F811
+    "Whether they are told what is known or look at each row with a tokenizer of their own"
+    texts = [f"{'very ' * (i % 7)}good" for i in range(20)]
+    ask = step.Ask("text", OWN["prompt"], LabelMargin((" good", " bad")), max_seq_len=10)
+    rows = [{"index": i, "text": t} for i, t in enumerate(texts)]
+    table = Rows("made", datasets.Dataset.from_list(rows), None, "text", "{text}", None, None, None, "made")
+    work = step.Explain(lm, ask, str(folder), module.check_rows(lm, table, ask) if known else None)
+    sent = copy.copy(work)  # as it is sent
+    assert sent.lm is None
+    here, there = measure(rows, work), measure(rows, sent)
+    assert here.reason == there.reason and bool(here.reason) == known
+    np.testing.assert_array_equal([here.length, here.cost], [there.length, there.cost])
+
+
+def test_a_page_is_made_with_one_look_at_the_files(done, monkeypatch):
+    "Plan, spec and footers are what a run of a million rows has much of"
+    seen = []
+    for owner, name in ((job, "load_plan"), (progress, "load_plan"), (parts, "read_part")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: seen.append(name) or real(*a, **k))
+    module.finish(done.output_dir)
+    assert seen.count("load_plan") == 1 and seen.count("read_part") == len(list((done.output_dir / "data").iterdir()))
 
 
 def test_planted_words_are_scored(folder, tmp_path):  # noqa: F811

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'check_rows', 'finish', 'run']
 
-# %% ../../nbs/explain/48_run.ipynb #00ff0370
+# %% ../../nbs/explain/48_run.ipynb #2d4a1e44
 import os
 import sys
 import tempfile
@@ -13,32 +13,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ..core import InputError, WorldError, need
 from ..data import Rows, check_lengths, open_rows
 from .attribution import check_length
 from .players import check_request
 from .report import report, versions, write
 from .shapley import choose_sampler
-from .step import Ask, Explain, sample_of
+from .step import Ask, Explain, Sizes, sample_of
 from .summary import Summary, facts
 from .values import AnswerLogprob, LabelMargin
 from ..jobs import job
 from ..jobs.identity import check, read_spec
 from ..jobs.job import JobOptions
+from ..jobs.results import open_results
 from ..lm.model import LM, load
 
-# %% ../../nbs/explain/48_run.ipynb #e82d66fd
+# %% ../../nbs/explain/48_run.ipynb #78aeeccf
 def check_rows(
     lm: LM,
     rows: Rows,
     ask: Ask,
-) -> dict[int, str]:  # id of each row that is left out → why
-    "Refuse what cannot be explained, before the model is asked anything"
-    limit, context, left_out = ask.max_seq_len, lm.max_len, {}
+) -> Sizes:  # of all rows, with those that are left out
+    "Refuse what cannot be explained, before the model is asked anything; each text is looked at once"
+    limit, context, left_out, sizes = ask.max_seq_len, lm.max_len, {}, []
     fits = limit is None or context is None or 1 <= limit <= context
     need(fits, f"max_seq_len from 1 to the model's {context} tokens", got=limit, do="lower it")
     for i, text in zip(rows.dataset["index"], rows.dataset[rows.text_column]):
         found = ask.players(lm, text)
+        sizes.append((i, len(found.ids), len(found)))
         wrong = check_length(lm, found, ask.value, limit)
         if wrong and limit:
             left_out[i] = wrong
@@ -46,11 +50,11 @@ def check_rows(
         fix = "shorten the text, or leave such rows out with --max-seq-len"
         need(not wrong, "texts that fit into the model's context", got=f"row {i}: {wrong}", do=fix, error=WorldError)
         choose_sampler(len(found), ask.budget)
-    some = len(left_out) < len(rows.dataset)
+    some = len(left_out) < len(sizes)
     need(some, "a row to explain", got=f"{len(left_out)} over {limit} tokens", do="raise --max-seq-len")
-    return left_out
+    return Sizes(*np.array(sizes, dtype=np.int64).T, left_out)
 
-# %% ../../nbs/explain/48_run.ipynb #ff1c6da0
+# %% ../../nbs/explain/48_run.ipynb #2d9dffe2
 def _provenance(settings: dict, left_out: int) -> dict:
     "What is needed to make the same numbers again"
     value, own = dict(settings["value"]), {k: v for k, v in settings.items() if k not in ("value", "batch_tokens")}
@@ -65,25 +69,30 @@ def finish(
 ) -> Summary:
     "Make the tables and the page of a run, or make them anew; `WorldError` if rows are missing"
     need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
-    folder, (_, log) = Path(folder), job.open_run(folder)
-    state = job.status_of(folder)
-    fix = "run the same command again"
-    need(state.left == 0, "a complete run", got=f"{state.left} rows left in {folder.name}", do=fix, error=WorldError)
-    settings = read_spec(folder)["step"]["settings"]
-    found = tuple(sample_of(r) for r in log.open_table().sort_by("index").to_pylist())
-    why = next((reason for part in log.parts() for _, _, reason in part.skipped), "")
+    done = open_results(folder)
+    settings, found = done.settings, tuple(map(sample_of, done.table.to_pylist()))
+    why = next((reason for _, _, reason in done.without), "")
     need(found != (), "a row that could be explained", got=f"none: {why}", do="see job.skipped()", error=WorldError)
-    name = f"{settings['model']} ({settings['fingerprint']})"
-    summary = Summary(settings["dataset"], name, folder, found, state.skipped, 0.0, top_k, state.failed)
+    name, skipped = f"{settings['model']} ({settings['fingerprint']})", done.count("skipped")
+    summary = Summary(settings["dataset"], name, done.folder, found, skipped, 0.0, top_k, done.count("failed"))
     title = f"What moved {settings['model']} on {settings['dataset']}"
     page = report(found, title=title, facts=facts(summary), top_k=top_k)
-    with tempfile.TemporaryDirectory(dir=folder / "_job") as room:
-        write(Path(room), found, _provenance(settings, state.skipped), page)
+    with tempfile.TemporaryDirectory(dir=done.folder / "_job") as room:
+        write(Path(room), found, _provenance(settings, skipped), page)
         for made in Path(room).iterdir():
-            os.replace(made, folder / made.name)
+            os.replace(made, done.folder / made.name)
     return summary
 
-# %% ../../nbs/explain/48_run.ipynb #dca49bae
+# %% ../../nbs/explain/48_run.ipynb #365a72f5
+def _opened(dataset: str, length_column: str | None, **source: str | int | None) -> Rows:
+    "The rows, checked; what was chosen for the caller is said aloud"
+    rows = open_rows(dataset, **source)
+    check_lengths(rows, length_column)
+    for note in rows.notes:
+        print(note, file=sys.stderr)
+    return rows
+
+
 def _asked(
     rows: Rows,
     prompt: str | None,
@@ -109,7 +118,7 @@ def _work(rows: Rows, step: Explain, folder: str | os.PathLike, jobs: JobOptions
     options = replace(jobs, batch_tokens=1 << 20, max_batch_size=jobs.max_batch_size or ROWS)
     return job.Job(data, step, output_dir=folder, options=options, devices=devices).run()
 
-# %% ../../nbs/explain/48_run.ipynb #918a5082
+# %% ../../nbs/explain/48_run.ipynb #260581b1
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -137,10 +146,8 @@ def run(
     need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
     if read_spec(output_dir) is None:
         check(output_dir, {})
-    rows = open_rows(dataset, split=split, text_column=text_column, max_samples=max_samples, model=model)
-    check_lengths(rows, jobs.length_column)
-    for note in rows.notes:
-        print(note, file=sys.stderr)
+    source = dict(split=split, text_column=text_column, max_samples=max_samples, model=model)
+    rows = _opened(dataset, jobs.length_column, **source)
     template, value = _asked(rows, prompt, label_words, chat, players, answer_tokens)
     lm = load(rows.model, device=device, dtype=dtype, revision=revision)
     own = dict(chat=chat, unit=players, max_seq_len=max_seq_len, budget=budget, seed=seed, route=route)
