@@ -220,7 +220,15 @@ def _value(parser: ArgumentParser, option: Option, came: Any, where: str) -> Any
     except InputError as e:
         raise InputError(f"expected {_expected(option.kind)} for {where}; got {came!r}; see --help") from e
 
-# %% ../nbs/96_grammar.ipynb #b44e8af8
+# %% ../nbs/96_grammar.ipynb #ab16744d
+def _form(dumped: str, found: Sequence[Option]) -> str:
+    "All options as YAML, under the names that they have on the command line"
+    flat, entries = {o.place.partition(".")[0] for o in found if o.place not in ("", o.name)}, {}
+    for name, value in yaml.safe_load(dumped).items():
+        entries |= value if name in flat else {name: value}
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
+
+# %% ../nbs/96_grammar.ipynb #99dd1676
 def resolve(
     function: Callable,  # a study's function
     words: Sequence[str],  # what follows the verb
@@ -245,7 +253,7 @@ def resolve(
         if o not in COMMON:
             values[o.place or o.name] = _value(parser, o, _untyped(o, text), o.spelling)
     if "print_config" in asked:
-        return parser.dump(values, skip_unset=False, skip_validation=True).rstrip()
+        return _form(parser.dump(values, skip_unset=False, skip_validation=True), found)
     missing = [
         f"{o.spelling} ({o.help})" for o in found if o.default is REQUIRED and values[o.place or o.name] is None
     ]

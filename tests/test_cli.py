@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import yaml
@@ -25,6 +25,17 @@ class Stopping:
     max_calls: int | None = 1000  # model calls at the most
 
 
+@dataclass(frozen=True)
+class Spread:
+    "How the work is spread"
+
+    FLAT: ClassVar[bool] = True
+
+    num_workers: int = 1  # workers on this machine
+    note: str | None = None  # said at the end
+    resume: bool = False  # go on
+
+
 def study(
     dataset: str,  # name of a data set
     output_dir: str,  # folder to write
@@ -37,6 +48,7 @@ def study(
     advisor: bool = True,  # ask the advisor first
     pickle: bool = False,  # write a pickle too
     stopping: Stopping = Stopping(),  # when to stop
+    spread: Spread = Spread(),  # how the work is spread
 ) -> dict:
     "A made study that returns what it was given"
     fail = {"input": InputError("no"), "world": WorldError("gone"), "other": OSError("disk\nfull hf_abcdefghijkl")}
@@ -93,6 +105,7 @@ def test_the_command_line_beats_the_file_wherever_it_stands(tmp_path, name, form
         [],
         ["--no-advisor", "--pickle", "--layers", "1,2", "--stopping.max-calls", "null", "--max-samples", "null"],
         ["--prompt", "yes: {text}\n- 1e3", "--players=tokens", "--stopping.tol=1e-4"],
+        ["--num-workers", "3", "--note", "null and\n# 1e3: void", "--resume"],
     ],
 )
 def test_print_config_is_a_config(tmp_path, capsys, words):
@@ -102,6 +115,21 @@ def test_print_config_is_a_config(tmp_path, capsys, words):
     assert call("--config", str(tmp_path / "c.yaml")) == call(*BASE, *words)
     assert main(["made", "run", "--print_config", "--config", str(tmp_path / "c.yaml")], TABLE) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_a_flat_class_is_flat_in_the_file_too(tmp_path, capsys):
+    "Its fields stand where they can be typed, in their order; below the parameter's name they are read as well"
+    assert main(["made", "run", *BASE, "--num-workers=3", "--print-config"], TABLE) == 0
+    form = yaml.safe_load(capsys.readouterr().out)
+    assert list(form)[-4:] == ["stopping", "num_workers", "note", "resume"] and form["num_workers"] == 3
+    assert form["stopping"] == {"tol": 0.1, "max_calls": 1000}
+    file = tmp_path / "c.yaml"
+    for nested in ("spread:\n  num-workers: 3\n", "spread.num_workers: 3\n", "num-workers: 3\n"):
+        file.write_text(nested)
+        assert call(*BASE, "--config", str(file))["spread"] == Spread(3)
+        assert call(*BASE, "--config", str(file), "--num-workers", "4")["spread"] == Spread(4)
+    file.write_text("spread: {num_workers: 3}\nnum-workers: 3\n")
+    assert "num_workers once" in failed(capsys, *BASE, "--config", str(file))[1]
 
 
 def test_print_config_of_nothing_is_a_form_to_fill_in(tmp_path, capsys):
@@ -244,7 +272,7 @@ def test_every_command_explains_each_of_its_options(capsys, command):
     for flag in ("--help", "--print-config"):
         assert main([command.study, command.verb, flag]) == 0
     shown = capsys.readouterr().out
-    assert all(o.spelling in shown and f"\n{(o.place or o.name).split('.')[0]}:" in shown for o in options(function))
+    assert all(o.spelling in shown and f"\n{o.name.split('.')[0]}:" in shown for o in options(function))
 
 
 def shell(line: str, **env: str) -> subprocess.CompletedProcess:
