@@ -60,7 +60,7 @@ def spoken(seconds: float) -> str:
             return f"{s // unit} {name}" + (f" {rest} {lower}" if rest else "")
     return f"{s} s"
 
-# %% ../../nbs/jobs/16_progress.ipynb #a0d1bac8
+# %% ../../nbs/jobs/16_progress.ipynb #33821311
 @dataclass(frozen=True)
 class Status:
     "How far a run is"
@@ -87,9 +87,9 @@ class Status:
         for run in self.runs:
             rate = f"{run['rows_per_second']:,.0f} rows/s, {run['tokens_per_second']:,.0f} tokens/s"
             left = f", {spoken(run['seconds_left'])} left" if run["seconds_left"] is not None else ""
-            lines.append(
-                f"at work: process {run['pid']} on {run['host']}, {len(run['workers'])} workers, {rate}{left}"
-            )
+            aside = f" {run['aside']}" if run.get("aside") else ""
+            who = f"at work: process {run['pid']} on {run['host']}, {len(run['workers'])} workers"
+            lines.append(f"{who}, {rate}{left}{aside}")
         return "\n".join(lines if self.runs or not self.left else [*lines, "nobody is at work on it"])
 
 # %% ../../nbs/jobs/16_progress.ipynb #7d0ac5f6
@@ -168,7 +168,7 @@ def _canvas(name: str, total: int, show: bool) -> _Lines | _Bars | None:
     lively = sys.stderr.isatty() or getattr(kernel, "kernel", None) is not None
     return _Bars(name, total) if lively else _Lines(name, total)
 
-# %% ../../nbs/jobs/16_progress.ipynb #15ef32f9
+# %% ../../nbs/jobs/16_progress.ipynb #467ce457
 class _Counting:
     "What a run has done"
 
@@ -182,7 +182,7 @@ class _Counting:
         show: bool = True,  # draw
         about: dict | None = None,  # more for the heartbeat
     ):
-        self.about = about or {}
+        self.about, self.aside = about or {}, lambda: None  # what to say beside, such as that an upload is under way
         self.tally, self.log, self.lock = Tally(plan), log, threading.Lock()
         self.workers: dict[str, Now | str] = {}
         by_shard: dict[int, list[Part]] = {s: [] for s in shards}
@@ -228,7 +228,7 @@ def gone(self: _Counting, worker: str) -> None:
     with self.lock:
         self.workers.pop(worker, None)
 
-# %% ../../nbs/jobs/16_progress.ipynb #782ca24a
+# %% ../../nbs/jobs/16_progress.ipynb #6dcf276f
 class Progress(_Counting):
     "What a run has done, drawn and written down by the process that leads it"
 
@@ -243,6 +243,7 @@ class Progress(_Counting):
         counts = self.about | dict(
             rows=int(self.total[0]), done=int(done[0]), workers=lines, state=self.state, seconds_left=left
         )
+        counts["aside"] = self.aside()
         return counts | dict(rows_per_second=rows / seconds, tokens_per_second=tokens / seconds)
 
     def _line(self, now: Now) -> str:
@@ -272,7 +273,7 @@ def close(self: Progress) -> None:
     with suppress(OSError):
         beat(self.log.folder, {}).unlink()
 
-# %% ../../nbs/jobs/16_progress.ipynb #e8119a9e
+# %% ../../nbs/jobs/16_progress.ipynb #98701922
 @patch
 def draw(self: Progress, final: bool = False) -> None:
     "Bring the bar up to date, ten times a second at most"
@@ -283,6 +284,7 @@ def draw(self: Progress, final: bool = False) -> None:
     text = f"{s['done']:,} of {s['rows']:,} rows{share}, {s['rows_per_second']:,.1f} rows/s"
     text += f", {s['tokens_per_second']:,.0f} tokens/s"
     text += f", {spoken(s['seconds_left'])} left" if s["seconds_left"] is not None and not final else ""
+    text += f" {s['aside']}" if s["aside"] else ""
     self.canvas.show(text, s["done"], [f"{name}: {line}" for name, line in s["workers"].items()], final)
 
 
