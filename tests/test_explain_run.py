@@ -28,9 +28,9 @@ from llm_analysis.explain.run import run
 from llm_analysis.explain.values import LabelMargin
 from llm_analysis.jobs import job, parts, progress
 from llm_analysis.jobs.job import JobOptions
+from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.plan import load_plan
 from llm_analysis.jobs.rows import measure
-from llm_analysis.jobs.verify import merge
 from llm_analysis.lengths import add_lengths
 from llm_analysis.lm.model import load
 

@@ -21,9 +21,9 @@ from llm_analysis.explain.players import find_players, owners
 from llm_analysis.jobs.command import compact, verify
 from llm_analysis.jobs.identity import read_spec
 from llm_analysis.jobs.job import Job, JobOptions
+from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.results import open_results
 from llm_analysis.jobs.step import Step
-from llm_analysis.jobs.verify import merge
 from llm_analysis.lengths import LENGTH, add_lengths
 from llm_analysis.lm.prompt import fill, prompt_lengths, tokenise_all
 
