@@ -412,6 +412,56 @@ def test_foreign_damaged_and_strange_files_are_refused(tmp_path):
         Log(tmp_path, "run").parts()
 
 
+def test_a_column_name_that_is_no_text_is_damage(tmp_path):
+    log = fill(tmp_path, 1, 1, 1)
+    shutil.rmtree(tmp_path / "_job" / "log")  # no signature that would tell
+    (path,) = log.data.iterdir()
+    blob = path.read_bytes()
+    i = blob.index(b"who", len(blob) - 8 - int.from_bytes(blob[-8:-4], "little"))
+    path.write_bytes(blob[:i] + bytes([blob[i] ^ 128]) + blob[i + 1 :])
+    with pytest.raises(WorldError, match="UnicodeDecodeError"):
+        Log(tmp_path, "run").parts()
+    assert set(verify.verify(Log(tmp_path, "run", SCHEMA), [1]).damaged) == {path.name}
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("hint", ["taken", "refused", "unknown"])
+def test_many_footers_are_read_by_one_thread_or_by_several(tmp_path, monkeypatch, hint, far):
+    table = batch("A", 0).table
+    (tmp_path / "data").mkdir()
+    for k in range(200):
+        left_out = [(i, "skipped", "much too long") for i in range(2000)] if k == 99 else []  # a footer of some 60 kB
+        blob = footer.encode(table, footer.notes("run", k % 7, k, k + 1, 3, left_out))
+        (tmp_path / "data" / footer.part_name(k % 7, k)).write_bytes(blob)
+    if hint == "refused":
+        monkeypatch.setattr(os, "posix_fadvise", lambda *a: os.fstat(-1), raising=False)
+    elif hint == "unknown":
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    steps, files, threads, opens, closes = itertools.count(step=far), set(), set(), os.open, os.close
+
+    def opened(*args, **kwargs):
+        threads.add(threading.current_thread())
+        files.add(fd := opens(*args, **kwargs))
+        return fd
+
+    def closed(fd):
+        files.discard(fd)
+        closes(fd)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "close", closed)
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(steps))  # a clock that stands still, or runs
+    found = Log(tmp_path, "run").parts()
+    assert [(p.shard, p.start, p.stop) for p in found] == sorted((k % 7, k, k + 1) for k in range(200))
+    assert [len(p.skipped) for p in found if p.start == 99] == [2000]
+    assert all(p.nbytes == p.path.stat().st_size for p in found)
+    assert (threads != {threading.main_thread()}) == far and not files
+    (tmp_path / "data" / footer.part_name(3, 101)).write_bytes(b"PAR1")
+    with pytest.raises(WorldError, match="part-00003-00000101") as held:
+        Log(tmp_path, "run").parts()
+    assert not files and held.value  # none is open although the error, and all that it refers to, is still there
+
+
 def test_overlaps_are_found_and_mended(tmp_path):
     log = fill(tmp_path / "a", 1, 6, 2)
     other = Log(tmp_path / "b", "run", SCHEMA)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chunk', 'shard_names', 'scan', 'gaps', 'at', 'write_durably', 'link_once', 'settle', 'prepare', 'Log']
 
-# %% ../../nbs/jobs/12_parts.ipynb #d64344d8
+# %% ../../nbs/jobs/12_parts.ipynb #ad22fa1d
 import hashlib
 import os
 import time
@@ -27,8 +27,8 @@ from llm_analysis.jobs.footer import (
     notes,
     part_name,
     read_part,
+    read_parts,
     read_table,
-    read_tail,
     sign,
 )
 
@@ -41,7 +41,7 @@ class Chunk:
     skipped: Sequence[tuple[int | str, str, str]] = ()  # (id, "skipped" or "failed", reason) of rows without a result
     halved: bool = False  # whether the batch was cut in two because memory ran out
 
-# %% ../../nbs/jobs/12_parts.ipynb #fc0f5717
+# %% ../../nbs/jobs/12_parts.ipynb #bea7cc9e
 def shard_names(
     fd: int,  # handle of the folder of parts
     shard: int | None = None,  # None: all
@@ -49,6 +49,18 @@ def shard_names(
     "Names of the Parquet files in a folder, sorted"
     prefix = "" if shard is None else part_name(shard, 0).rsplit("-", 1)[0] + "-"
     return sorted(n for n in os.listdir(fd) if n.startswith(prefix) and n.endswith(".parquet") and n[0] not in "._")
+
+
+def _read(paths: list[Path], fingerprint: str | None, fd: int) -> list[Part]:
+    "Parts in the folder `fd`; read by one thread where files are near, and by several where each takes its time"
+    read = lambda some: read_parts(some, fingerprint, fd)
+    few, began = 64, time.perf_counter()
+    parts = read(paths[:few])
+    if time.perf_counter() - began < 0.1:  # near: to open a file that is far takes milliseconds
+        return parts + read(paths[few:])
+    with ThreadPoolExecutor(8) as pool:
+        rest = pool.map(read, [paths[i : i + few] for i in range(few, len(paths), few)])
+        return parts + [part for some in rest for part in some]
 
 
 def scan(
@@ -66,11 +78,7 @@ def scan(
     need(strange is None, "parts only in data/", got=strange, do="move it out of data/", error=WorldError)
     states = [(n, s.st_size, s.st_mtime_ns, s.st_ino) for n in names for s in [os.stat(n, dir_fd=fd)]]
     new = [s for s in states if s not in known]
-    tails = lambda some: [read_tail(s[0], fd) for s in some]
-    with ThreadPoolExecutor(8) as pool:  # reading waits for the disk; understanding what was read does not
-        ends = [t for some in pool.map(tails, [new[i : i + 64] for i in range(0, len(new), 64)]) for t in some]
-    for state, tail in zip(new, ends):
-        known[state] = read_part(data / state[0], fingerprint, tail=tail, nbytes=state[1])
+    known.update(zip(new, _read([data / s[0] for s in new], fingerprint, fd)))
     parts = sorted((known[s] for s in states), key=lambda p: (p.shard, p.start, p.stop))
     for a, b in zip(parts, parts[1:]):
         if a.shard == b.shard and a.stop > b.start:
