@@ -25,7 +25,7 @@ from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.results import open_results
 from llm_analysis.jobs.step import Step
 from llm_analysis.lengths import LENGTH, add_lengths
-from llm_analysis.lm.prompt import fill, prompt_lengths, tokenise_all
+from llm_analysis.lm.prompt import fill, prompt_lengths, tokenise
 
 TEXTS = ["not very good", "We loved the quiet room , but the food was cold .", "  über 🙂 ", "NA", '{"text"}', "x\ny"]
 
@@ -56,7 +56,7 @@ def test_a_length_is_that_of_what_a_study_sends(name, texts, prompt, chat):
     if not chat:
         before, after = prompt.split("{text}")
         for one, full in zip(fill(t, texts, prompt=prompt), [before + x.strip() + after for x in texts]):
-            places = [(a - len(before), b - len(before)) for a, b in tokenise_all(t, [full], True)[0][1]]
+            places = [(a - len(before), b - len(before)) for a, b in tokenise(t, full, True)[1]]
             spans = find_players(t, one.text, prompt="a {text}").spans
             assert (one.before != before) == (not (owners(places, spans) < 0).any())
 

@@ -100,7 +100,7 @@ class Players:
         shown = (f'<span style="{s};white-space:pre-wrap">{escape(x)}</span>' for s, x in zip(style, self.pieces))
         return f"<div>{''.join(shown)}</div><small>{len(self)} {self.unit}, {len(self.ids)} tokens</small>"
 
-# %% ../../nbs/explain/42_players.ipynb #ba10e45b
+# %% ../../nbs/explain/42_players.ipynb #ffe25d7e
 def find_players(
     tokenizer: PreTrainedTokenizerBase,  # a fast one: it must know the characters of each token
     text: str,  # the text to explain
@@ -112,12 +112,13 @@ def find_players(
     "The players of `text` in its prompt, tokenised once; `InputError` for an unusable template or tokenizer"
     check_request(prompt, unit)
     one = fill(tokenizer, [text], prompt=prompt, chat=chat)[0]
-    spans = _word_spans(one.text) if unit == "words" else _token_spans(one.text, one.places)
-    lead, full = len(text) - len(text.lstrip()), one.before + one.text + one.after
-    ends = [0, *np.maximum.accumulate([b + len(one.before) for _, b in one.places]).tolist()]
+    places, full = one.places, one.before + one.text + one.after
+    spans = _word_spans(one.text) if unit == "words" else _token_spans(one.text, places)
+    lead = len(text) - len(text.lstrip())
+    ends = [0, *np.maximum.accumulate([b + len(one.before) for _, b in places]).tolist()]
     pieces = tuple(full[a:b] for a, b in zip(ends, ends[1:]))
     shown = tuple((a + lead, b + lead) for a, b in spans)
-    return Players(text, unit, shown, one.ids, owners(one.places, spans), full, pieces)
+    return Players(text, unit, shown, one.ids, owners(places, spans), full, pieces)
 
 # %% ../../nbs/explain/42_players.ipynb #97195e1b
 def delete(
