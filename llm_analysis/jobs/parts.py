@@ -41,7 +41,7 @@ class Chunk:
     skipped: Sequence[tuple[int | str, str, str]] = ()  # (id, "skipped" or "failed", reason) of rows without a result
     halved: bool = False  # whether the batch was cut in two because memory ran out
 
-# %% ../../nbs/jobs/12_parts.ipynb #bea7cc9e
+# %% ../../nbs/jobs/12_parts.ipynb #8df2214b
 def shard_names(
     fd: int,  # handle of the folder of parts
     shard: int | None = None,  # None: all
@@ -54,15 +54,14 @@ def shard_names(
 def _read(paths: list[Path], fingerprint: str | None, fd: int) -> list[Part]:
     "Parts in the folder `fd`; read by one thread where files are near, and by several where each takes its time"
     read = lambda some: read_parts(some, fingerprint, fd)
-    few, began = 64, time.perf_counter()
-    parts = read(paths[:few])
+    began, parts, rest = time.perf_counter(), read(paths[:64]), paths[64:]
     if time.perf_counter() - began < 0.1:  # near: to open a file that is far takes milliseconds
-        return parts + read(paths[few:])
+        return parts + read(rest)
+    few = [rest[i : i + 16] for i in range(0, len(rest), 16)]  # open at once, times the number of threads
     with ThreadPoolExecutor(8) as pool:
-        rest = pool.map(read, [paths[i : i + few] for i in range(few, len(paths), few)])
-        return parts + [part for some in rest for part in some]
+        return parts + [part for some in pool.map(read, few) for part in some]
 
-
+# %% ../../nbs/jobs/12_parts.ipynb #09d1dceb
 def scan(
     fd: int,  # handle of the folder of parts
     data: Path,  # its path
