@@ -285,7 +285,7 @@ def open_rows(
     words = known.prompt, known.labels, known.label, known.planted
     return Rows(known.dataset, data, split, column, *words, model or known.model or "tiny", told + notes)
 
-# %% ../nbs/38_data.ipynb #b43002fd
+# %% ../nbs/38_data.ipynb #d9b4b080
 def check_lengths(
     rows: Rows,
     column: str | None,  # column of lengths in tokens; None: there is none to check
@@ -301,6 +301,6 @@ def check_lengths(
     need(
         "int" in kind and "<" not in kind, f"whole numbers in column {column!r}", got=f"cells that are {kind}", do=fix
     )
-    bad = [(i, n) for i, n in zip(rows.dataset["index"], rows.dataset[column]) if n is None or n < 1][:1]
+    bad = [(i, n) for i, n in zip(rows.dataset["index"][:], rows.dataset[column][:]) if n is None or n < 1][:1]
     got = "".join(f"{'null' if n is None else n} in row {i}" for i, n in bad)
     need(not bad, f"lengths of at least 1 token in column {column!r}", got=got, do=fix, error=WorldError)

@@ -22,7 +22,7 @@ from .jobs.step import Step
 from .lm.model import Words, load_tokenizer
 from .lm.prompt import check_prompt, prompt_lengths
 
-# %% ../nbs/40_lengths.ipynb #9dcbad0d
+# %% ../nbs/40_lengths.ipynb #f5946ccc
 LENGTH = "length"  # the column that is added
 _CHARACTERS = 4  # of a token, roughly; only the plan of the counting itself depends on it
 
@@ -40,7 +40,7 @@ class _Counting(Step):
     ):
         self.words, self.place, self.fingerprint, self.revision = words, rows.model, words.fingerprint, words.revision
         self.text, self.asked = rows.text_column, dict(prompt=prompt, chat=chat)
-        self.table, self.ids = rows.dataset.with_format("arrow"), np.array(rows.dataset["index"])  # rising
+        self.table, self.ids = rows.dataset.with_format("arrow"), np.array(rows.dataset["index"][:])  # rising
         features = dict(index=rows.dataset.features["index"]) | rows.dataset.features | {LENGTH: Value("int32")}
         self.schema = Features(features).arrow_schema
         others = [name for name in rows.dataset.column_names if name not in ("index", self.text)]

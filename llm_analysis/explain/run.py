@@ -30,7 +30,7 @@ from ..jobs.job import JobOptions
 from ..jobs.results import open_results
 from ..lm.model import LM, load
 
-# %% ../../nbs/explain/48_run.ipynb #78aeeccf
+# %% ../../nbs/explain/48_run.ipynb #9fa41329
 def check_rows(
     lm: LM,
     rows: Rows,
@@ -40,7 +40,7 @@ def check_rows(
     limit, context, left_out, sizes = ask.max_seq_len, lm.max_len, {}, []
     fits = limit is None or context is None or 1 <= limit <= context
     need(fits, f"max_seq_len from 1 to the model's {context} tokens", got=limit, do="lower it")
-    for i, text in zip(rows.dataset["index"], rows.dataset[rows.text_column]):
+    for i, text in zip(rows.dataset["index"][:], rows.dataset[rows.text_column][:]):
         found = ask.players(lm, text)
         sizes.append((i, len(found.ids), len(found)))
         wrong = check_length(lm, found, ask.value, limit)
