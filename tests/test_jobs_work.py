@@ -175,13 +175,20 @@ def test_static_shards_merged(tmp_path, plain, workers):
 
 
 def test_static_shards_in_one_folder_at_once(tmp_path, plain):
+    ended = {}
+
     def run(i):
         options = JobOptions(num_shards=2, shard_index=i, **SMALL)
-        Job(texts(400), Digests(), output_dir=tmp_path / "out", options=options, **QUIET).run()
+        job = Job(texts(400), Digests(), output_dir=tmp_path / "out", options=options, **QUIET)
+        try:
+            ended[i] = job.run().complete
+        except Exception as e:
+            ended[i] = f"{type(e).__name__}: {e}"
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     [t.start() for t in threads]
     [t.join(60) for t in threads]
+    assert ended == {0: True, 1: True}
     assert faults(tmp_path / "out", texts(400)) == dict(missing=0, doubled=0, wrong=0)
 
 
