@@ -648,6 +648,8 @@ def test_status_from_another_process(tmp_path):
     (ledger / "pause").write_text("0.05")
     parent = start(ledger, rows=1500, workers=2, part_rows=64, jumps=True)
     wait_for(lambda: (ledger / "out" / "data").exists() and len(list((ledger / "out" / "data").iterdir())) > 2)
+    wait_for(lambda: (runs := status(ledger / "out").runs) and len(runs[0]["workers"]) == 2)  # the second may be late
+    (ledger / "pause").write_text("3")  # whoever asks may need long to start: the run is not to end before
     code = "import sys; from llm_analysis.jobs.progress import status; print(status(sys.argv[1]))"
     seen = run_script(code, str(ledger / "out"), stdout=subprocess.PIPE, text=True).communicate(timeout=60)[0]
     assert "of 1,500 rows" in seen and f"at work: process {parent.pid}" in seen and "2 workers" in seen, seen
