@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_analysis.core import WorldError
-from llm_analysis.jobs import parts, verify
+from llm_analysis.jobs import merge, parts, verify
 from llm_analysis.jobs.parts import Chunk, Log
 
 SCHEMA = pa.schema([("index", pa.int64()), ("who", pa.string())])
@@ -53,7 +53,7 @@ def compacts(folder: str, point: str, hit: int, exchange: bool) -> None:
     die_at(point, hit)
     if not exchange:
         verify.exchange = lambda a, b: False
-    verify.compact(Log(folder, "run", SCHEMA))
+    merge.compact(Log(folder, "run", SCHEMA))
 
 
 def wide(b: int) -> Chunk:

@@ -22,7 +22,7 @@ from llm_analysis.explain.attribution import explain_text
 from llm_analysis.explain.report import SAMPLES, VALUES
 from llm_analysis.explain.run import run
 from llm_analysis.jobs.job import JobOptions
-from llm_analysis.jobs.verify import merge
+from llm_analysis.jobs.merge import merge
 
 torch.set_num_threads(1)
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)> \x1b[31m "quoted"'

@@ -20,9 +20,10 @@ import pytest
 from parts_victim import SCHEMA, batch
 
 from llm_analysis.core import InputError, WorldError
-from llm_analysis.jobs import disk, footer, parts, verify
+from llm_analysis.jobs import disk, footer, merge, parts, verify
 from llm_analysis.jobs.footer import ForeignPart
 from llm_analysis.jobs.parts import Chunk, Log
+from llm_analysis.jobs.pulse import beat
 
 POINTS = [f"write:{w}" for w in ("before", "half", "after")]
 POINTS += [f"{step}:{w}" for step in ("fsync", "link", "dirsync") for w in ("before", "after")]
@@ -364,10 +365,9 @@ def test_flips_without_any_signature(fast_tmp):
 
 def test_repair_and_compact_refuse_while_somebody_works(tmp_path):
     log = fill(tmp_path, 1, 4, 1)
-    (tmp_path / "_job" / "status").mkdir()
-    (tmp_path / "_job" / "status" / "host-77.json").write_text("{}")
-    for call in (lambda: verify.verify(log, [4], repair=True), lambda: verify.compact(log)):
-        with pytest.raises(WorldError, match="host-77"):
+    beat(tmp_path, {})
+    for call in (lambda: verify.verify(log, [4], repair=True), lambda: merge.compact(log)):
+        with pytest.raises(WorldError, match=f"process {os.getpid()}"):
             call()
     assert verify.verify(log, [4]).ok and len(log.parts()) == 4  # looking is allowed
 
@@ -462,7 +462,7 @@ def test_without_hard_links(tmp_path, monkeypatch):
     log.publish(0, 0, [batch("A", i) for i in range(3)])
     log.publish(0, 2, [batch("A", i) for i in range(2, 5)])
     assert log.links is False and "only one process" in said[0] and not list((tmp_path / "_job" / "tmp").iterdir())
-    assert verify.compact(log) == (2, 1) and not faults([look(log.data)], 5)
+    assert merge.compact(log) == (2, 1) and not faults([look(log.data)], 5)
 
 
 def test_a_lost_answer_to_a_link(tmp_path, monkeypatch):
@@ -511,7 +511,7 @@ def test_compaction_killed_at_each_failpoint(tmp_path, spawn, point, hit, exchan
     again = Log(tmp_path, "run", SCHEMA)
     assert again.open_table().equals(before) and again.missing(0, 6) == again.missing(1, 6) == []
     assert not faults([look(tmp_path / "data")], 12)
-    assert verify.compact(again)[1] == 2 and again.open_table().equals(before)
+    assert merge.compact(again)[1] == 2 and again.open_table().equals(before)
     assert verify.verify(again, [6, 6], expected=ids_of(6)).ok
     assert not (tmp_path / "_job" / "next").exists() and not (tmp_path / "_job" / "old").exists()
 
@@ -524,7 +524,7 @@ def test_plain_readers_never_see_a_row_twice_during_compaction(tmp_path):
     files = sorted(log.data.iterdir())
     orders = [files, files[::-1], random.Random(0).sample(files, len(files))]
     early = [(order, cut, read(order[:cut])) for order in orders for cut in range(len(order) + 1)]
-    assert verify.compact(log) == (6, 2)
+    assert merge.compact(log) == (6, 2)
     right = 0
     for order, cut, begun in early:
         try:
@@ -554,7 +554,7 @@ def test_a_writer_that_slept_through_a_compaction(fast_tmp, monkeypatch):
             fill_from = Log(folder, "run", SCHEMA, links=True)
             fill_from.publish(0, 2, [batch("B", 2), batch("B", 3)])
             fill_from.publish(0, 4, [batch("B", 4), batch("B", 5)])
-            verify.compact(Log(folder, "run", SCHEMA))
+            merge.compact(Log(folder, "run", SCHEMA))
 
         a = threading.Thread(target=sleeper, name="A")
         a.start()
@@ -579,7 +579,7 @@ def test_a_part_committed_while_the_folder_is_replaced_is_kept(tmp_path, monkeyp
             done.append(Log(tmp_path, "run", SCHEMA).publish(0, 4, [batch("A", 4), batch("A", 5)]))
 
     monkeypatch.setattr(parts, "at", at)
-    verify.compact(log)
+    merge.compact(log)
     assert not faults([look(tmp_path / "data")], 6) and log.missing(0, 6) == []
 
 
@@ -599,14 +599,14 @@ def test_merge_takes_nothing_damaged_and_is_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parts, "at", at)
     with pytest.raises(KeyboardInterrupt):
-        verify.merge(sources, into)
+        merge.merge(sources, into)
     assert len(look(into / "data")) == 2 and not list((into / "_job" / "tmp").iterdir())
     path = tmp_path / "1" / "data" / "part-00003-00000000.parquet"
     blob = path.read_bytes()
     path.write_bytes(blob[:60] + bytes([blob[60] ^ 1]) + blob[61:])
     with pytest.raises(WorldError, match="part-00003-00000000.parquet as it was written"):
-        verify.merge(sources, into)
+        merge.merge(sources, into)
     path.write_bytes(blob)
-    merged = verify.merge(sources, into)
+    merged = merge.merge(sources, into)
     assert not faults([look(into / "data")], 12) and verify.verify(merged, [3] * 4).ok
     assert (into / "_job" / "spec.json").read_text() == '{"a": 1}'

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_analysis.jobs.testing import KINDS, Reader, faults, storm, texts
+from llm_analysis.jobs.storm import KINDS, storm
+from llm_analysis.jobs.testing import Reader, faults, texts
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from llm_analysis.core import InputError, WorldError
 from llm_analysis.jobs import streamed
 from llm_analysis.jobs.identity import contents, read_spec
 from llm_analysis.jobs.job import Job, JobOptions
+from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.step import Source
 from llm_analysis.jobs.streamed import HEAD, ROWS, open_rows, spool
 from llm_analysis.jobs.testing import Digests, faults, texts
-from llm_analysis.jobs.verify import merge
 
 SMALL = dict(batch_tokens=160, max_batch_size=16, part_rows=40)
 QUIET = dict(progress=False, devices="cpu", patience=3.0)
@@ -438,7 +438,7 @@ def test_memory_does_not_hold_the_stream(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), "20000"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     complete, size, grown = ran.stdout.split()
-    assert complete == "True" and int(size) > 195 and int(grown) < 80, (ran.stdout, ran.stderr)
+    assert complete == "True" and int(size) > 195 and int(grown) < 130, (ran.stdout, ran.stderr)
 
 
 # ---- jobs

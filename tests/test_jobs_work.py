@@ -21,15 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_analysis.core import InputError, WorldError
+from llm_analysis.jobs.batch import StepError
 from llm_analysis.jobs.dispatch import CONVICTED, FATAL_ROW
 from llm_analysis.jobs.job import Job, JobOptions
+from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.parts import Log
 from llm_analysis.jobs.plan import make_plan
 from llm_analysis.jobs.progress import status
 from llm_analysis.jobs.step import Source, Step
 from llm_analysis.jobs.testing import Digests, faults, start, texts
-from llm_analysis.jobs.verify import merge
-from llm_analysis.jobs.work import StepError, work
+from llm_analysis.jobs.work import work
 
 SMALL = dict(batch_tokens=160, max_batch_size=16, part_rows=40)
 QUIET = dict(progress=False, devices="cpu", patience=3.0)

@@ -9,6 +9,7 @@ __all__ = ['status', 'verify', 'merge', 'compact']
 from pathlib import Path
 
 from ..core import WorldError, need
+from . import merge as merging
 from . import verify as checking
 from .job import open_run
 from .progress import Status
@@ -45,7 +46,7 @@ def merge(
     parts: list[str],  # output directories of the same run, computed apart with --num-shards and --shard-index
 ) -> Status:
     "Bring together what was computed apart"
-    checking.merge(parts, folder)
+    merging.merge(parts, folder)
     return status_of(folder)
 
 
@@ -55,5 +56,5 @@ def compact(
     part_mb: float = 256.0,  # megabytes that a merged part stays below
 ) -> str:
     "Make few large parts of many small ones; the rows stay as they are"
-    before, after = checking.compact(open_run(folder)[1], part_mb)
+    before, after = merging.compact(open_run(folder)[1], part_mb)
     return f"{before:,} parts became {after:,}"

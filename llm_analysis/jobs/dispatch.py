@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcore.basics import patch
+from .batch import one_by_one
 from .parts import Log
 from .plan import Plan
 from .step import Source, Step
-from .work import Loop, Now, one_by_one, work
+from .work import Loop, Now, work
 
 # %% ../../nbs/jobs/16_dispatch.ipynb #a6cc77af
 @dataclass(frozen=True)
