@@ -662,6 +662,9 @@ def test_whose_folder(tmp_path):
         save_spec(tmp_path / "mine", spec)
     with pytest.raises(WorldError, match="a folder"):
         check(tmp_path / "mine" / "thesis.tex", spec)
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "data")
+    with pytest.raises(WorldError, match="got data"):
+        check(tmp_path / "mine", spec)
     save_spec(tmp_path / "out", spec)
     assert read_spec(tmp_path / "out") == spec and check(tmp_path / "out", spec)
     path = tmp_path / "out" / "_job" / "spec.json"
@@ -711,6 +714,45 @@ def test_of_two_runs_that_begin_together_the_first_wins(tmp_path, monkeypatch):
             save_spec(tmp_path / str(fails), spec)
         assert read_spec(tmp_path / str(fails)) == mine
         assert [p.name for p in (tmp_path / str(fails) / "_job").iterdir()] == ["spec.json"]
+
+
+@pytest.mark.parametrize("moment", ["stat", "read_spec", "_foreign"])
+def test_a_run_that_begins_while_another_looks_is_no_foreign_file(tmp_path, monkeypatch, moment):
+    "Two runs that are the same begin together: whichever question the other comes before, it is not refused"
+    from llm_analysis.jobs import identity
+
+    folder, began = tmp_path / "out", []
+
+    def other_begins(*_):
+        if not began:
+            began.append(True)
+            save_spec(folder, spec_of())
+            (folder / "data").mkdir()
+            (folder / "data" / "part-00000-00000000.parquet").write_bytes(b"")
+            (folder / "manifest.json").write_text("{}")
+
+    if moment == "stat":
+        real_stat = Path.stat
+
+        def stat(path, **how):
+            try:
+                return real_stat(path, **how)
+            finally:
+                other_begins() if path == folder else None
+
+        monkeypatch.setattr(Path, "stat", stat)
+    else:
+        folder.mkdir()
+        real = getattr(identity, moment)
+
+        def asked(*args):
+            found = real(*args) if moment == "read_spec" else None
+            other_begins()
+            return real(*args) if moment == "_foreign" else found
+
+        monkeypatch.setattr(identity, moment, asked)
+    save_spec(folder, spec_of())
+    assert began and read_spec(folder) == spec_of()
 
 
 def test_without_hard_links_the_spec_is_renamed(tmp_path, monkeypatch):

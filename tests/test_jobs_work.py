@@ -176,13 +176,20 @@ def test_static_shards_merged(tmp_path, plain, workers):
 
 
 def test_static_shards_in_one_folder_at_once(tmp_path, plain):
+    ended = {}
+
     def run(i):
         options = JobOptions(num_shards=2, shard_index=i, **SMALL)
-        Job(texts(400), Digests(), output_dir=tmp_path / "out", options=options, **QUIET).run()
+        job = Job(texts(400), Digests(), output_dir=tmp_path / "out", options=options, **QUIET)
+        try:
+            ended[i] = job.run().complete
+        except Exception as e:
+            ended[i] = f"{type(e).__name__}: {e}"
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     [t.start() for t in threads]
     [t.join(60) for t in threads]
+    assert ended == {0: True, 1: True}
     assert faults(tmp_path / "out", texts(400)) == dict(missing=0, doubled=0, wrong=0)
 
 
@@ -642,6 +649,8 @@ def test_status_from_another_process(tmp_path):
     (ledger / "pause").write_text("0.05")
     parent = start(ledger, rows=1500, workers=2, part_rows=64, jumps=True)
     wait_for(lambda: (ledger / "out" / "data").exists() and len(list((ledger / "out" / "data").iterdir())) > 2)
+    wait_for(lambda: (runs := status(ledger / "out").runs) and len(runs[0]["workers"]) == 2)  # the second may be late
+    (ledger / "pause").write_text("3")  # whoever asks may need long to start: the run is not to end before
     code = "import sys; from llm_analysis.jobs.progress import status; print(status(sys.argv[1]))"
     seen = run_script(code, str(ledger / "out"), stdout=subprocess.PIPE, text=True).communicate(timeout=60)[0]
     assert "of 1,500 rows" in seen and f"at work: process {parent.pid}" in seen and "2 workers" in seen, seen

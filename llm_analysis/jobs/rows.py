@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from ..core import need, near
 
-# %% ../../nbs/jobs/09_rows.ipynb #8eb8bbc8
+# %% ../../nbs/jobs/09_rows.ipynb #773c5adb
 Rows = object  # a datasets.Dataset, a pyarrow.Table or a list of dicts
 
 
@@ -30,7 +30,8 @@ def prepare(
     "Rows in a form that every function here takes; `InputError` for anything else"
     if isinstance(rows, pa.Table):
         return rows
-    fix = "pass one split of a datasets.Dataset (not a streamed one), a pyarrow.Table or a list of dictionaries"
+    fix = "pass one split of a datasets.Dataset, a pyarrow.Table or a list of dictionaries; "
+    fix += "a streamed one can be given to a Job, which writes it down first"
     if isinstance(rows, list | tuple):
         odd = next((f"row {i}, {type(r).__name__}" for i, r in enumerate(rows) if not isinstance(r, dict)), None)
         need(odd is None, "a dictionary for each row", got=odd, do=fix)
@@ -98,7 +99,7 @@ def _single(column: pa.ChunkedArray) -> pa.Array:
     joined = column.combine_chunks()
     return joined if isinstance(joined, pa.Array) else pa.concat_arrays(joined.chunks)
 
-# %% ../../nbs/jobs/09_rows.ipynb #9cd4a1da
+# %% ../../nbs/jobs/09_rows.ipynb #993e0785
 @dataclass(frozen=True)
 class Measured:
     "What is known of every row before any work"
@@ -122,20 +123,23 @@ def _measure_row(row: dict, step, column: str | None) -> tuple[int, float, str |
     return int(length), cost, None
 
 
-def _measure_slice(part: tuple[int, pa.Table], step, column: str | None, on_error: str) -> list:
+def _measure_slice(part: tuple[int, pa.Table], step, column: str | None, on_error: str) -> Measured:
     "Length, cost and reason of the rows of one slice"
     start, table = part
-    out = []
-    for i, row in enumerate(table.to_pylist(), start):
+    length, cost, reason = np.zeros(len(table), np.int64), np.zeros(len(table)), {}
+    rows = (row for few in table.to_batches(max_chunksize=64) for row in few.to_pylist())
+    for i, row in enumerate(rows):
         try:
-            out.append(_measure_row(row, step, column))
+            length[i], cost[i], why = _measure_row(row, step, column)
         except Exception as e:
-            fix = "correct the step or the row, or use on_error='record'"
-            need(on_error == "record", f"a length and a cost for row {i}", got=f"{type(e).__name__}: {e}", do=fix)
-            out.append((0, 0.0, f"cannot be measured: {type(e).__name__}: {e}"))
-    return out
+            got, fix = f"{type(e).__name__}: {e}", "correct the step or the row, or use on_error='record'"
+            need(on_error == "record", f"a length and a cost for row {start + i}", got=got, do=fix)
+            length[i], cost[i], why = 0, 0.0, f"cannot be measured: {got}"
+        if why is not None:
+            reason[start + i] = why
+    return Measured(length, cost, reason)
 
-# %% ../../nbs/jobs/09_rows.ipynb #5e34824c
+# %% ../../nbs/jobs/09_rows.ipynb #b854cc46
 def measure(
     rows: Rows,  # what `prepare` takes
     step,  # has length(row), cost(row, length) and leave_out(row)
@@ -162,9 +166,9 @@ def measure(
             done += pool.imap(partial(_unpacked, work=work), ((start, _packed(table)) for start, table in parts))
     else:
         done += map(work, parts)
-    flat = [m for part in done for m in part]
-    length, cost = np.array([m[0] for m in flat], np.int64), np.array([m[1] for m in flat], np.float64)
-    return Measured(length, cost, {i: m[2] for i, m in enumerate(flat) if m[2] is not None})
+    done = [Measured(np.zeros(0, np.int64), np.zeros(0), {}), *done]
+    length, cost = np.concatenate([m.length for m in done]), np.concatenate([m.cost for m in done])
+    return Measured(length, cost, {i: why for m in done for i, why in m.reason.items()})
 
 
 def _packed(table: pa.Table) -> bytes:
@@ -175,7 +179,7 @@ def _packed(table: pa.Table) -> bytes:
         return sink.getvalue().to_pybytes()
 
 
-def _unpacked(part: tuple[int, bytes], work) -> list:
+def _unpacked(part: tuple[int, bytes], work) -> Measured:
     "`work` on a slice that `_packed` sent"
     return work((part[0], pa.ipc.open_stream(part[1]).read_all()))
 
