@@ -1,6 +1,6 @@
 """What the job machinery costs and saves: commits, the look at what is there before resuming, the plan.
 
-    python bench/jobs.py                             three minutes; in the temporary folder, a fifth of a GB of it
+    python bench/jobs.py                             two minutes; in the temporary folder, a fifth of a GB of it
     python bench/jobs.py --dir /data                 on another file system
     python bench/jobs.py --pairs 5 --rows 1000000    shorter
 
@@ -194,7 +194,7 @@ def report(told: argparse.Namespace, folder: Path) -> bool:
     "Print the section; whether every claim held"
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     late = 2 * (WORKERS - 0.5)  # a shard of the slow worker, if all work is divided by all speed
-    print(f"## Jobs: `python bench/jobs.py --pairs {told.pairs}`")
+    print("## Jobs: `python bench/jobs.py`")
     print(f"Batches of {BUDGET:,} padded tokens; a makespan of 1 is all work divided by all speed.", end=" ")
     print(f"By arithmetic, static shards wait for a worker at half speed until {late / WORKERS:.3f},", end=" ")
     print(f"and one of 160 shards that it takes last adds at most {late / 160:.3f}.\n")
@@ -206,7 +206,7 @@ def report(told: argparse.Namespace, folder: Path) -> bool:
         print(f"| {what} | {claim} | {said.replace('%', ' %')} | {mark} |", flush=True)
     load += f" and {os.getloadavg()[0]:.1f} at the end"
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, pyarrow {pa.__version__}"
-    print(f"\n{os.cpu_count()} {platform.machine()} cores, {load}; {versions}.")
+    print(f"\n{told.pairs} pairs; {os.cpu_count()} {platform.machine()} cores, {load}; {versions}.")
     return False not in held
 
 
