@@ -378,9 +378,13 @@ def test_deadline_with_workers(tmp_path):
         return Job(numbers(400), Numbers(device=device), output_dir=tmp_path / "out", options=options, **QUIET)
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    summary = job(5 / 60, device=0.2).run()
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert summary.ended == "time is up" and 0 < summary.left < 400 and summary.seconds < 10
+    for seconds in (5, 10, 20, 40):  # a busy machine needs longer to begin at all; everything takes at least 50
+        summary = job(seconds / 60, device=1.0).run()
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert summary.ended == "time is up" and summary.seconds < seconds + 20
+        if summary.left < 400:
+            break
+    assert 0 < summary.left < 400
     assert job(0.0).run().left == summary.left and job(None).run().complete
 
 
