@@ -41,6 +41,8 @@ from fastapi.responses import JSONResponse
 LARGE = {"arrow", "bin", "gz", "h5", "npy", "npz", "onnx", "parquet", "pt", "safetensors", "tar", "zip", "zst"}
 ATTRIBUTES = "".join(f"*.{end} filter=lfs diff=lfs merge=lfs -text\n" for end in sorted(LARGE)).encode()
 
+XET = b"Bearer xet_of_one_hour"
+
 # ---- what is kept -------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +151,7 @@ KINDS = {  # kind of request → method and address; the names that faults and c
     "tree": rf"GET {REPO}/tree/.*",
     "refs": rf"GET {REPO}/(refs|commits/.*)",
     "xet": rf"GET {REPO}/xet-(read|write)-token/.*",
+    "cas": r"(GET|POST) /cas/.*",
     "info": rf"GET {REPO}(/revision/.*|/auth-check)?",
     "batch": r"POST .*\.git/info/lfs/objects/batch",
     "put": r"PUT /large/.*",
@@ -179,10 +182,13 @@ class Asked:
 class Hub:
     "The state of the Hub and the hands that a test lays on it; all requests are handled in one thread, one at a time"
 
-    def __init__(self, token=None, user="user", faults=None, commits_per_hour=None, clock=time.time, page=1000):
+    def __init__(
+        self, token=None, user="user", faults=None, commits_per_hour=None, clock=time.time, page=1000, xet=False
+    ):
         self.token, self.user, self.may_write = token, user, True
         self.faults = faults or Faults()
         self.commits_per_hour, self.clock, self.page = commits_per_hour, clock, page
+        self.xorbs: dict[str, bytes] | None = {} if xet else None  # what the stub of a Xet storage was given
         self.repos: dict[tuple[str, str], Repo] = {}
         self.log: list[Asked] = []
         self.seen: Counter[str] = Counter()  # requests of each kind
@@ -355,7 +361,7 @@ class Door:
         "Note where the token is sent: anywhere but in the one header, or to the storage at all"
         at_storage = scope["server"][1] == self.hub._ports[1]
         headers = dict(scope["headers"])
-        if at_storage and b"authorization" in headers:
+        if at_storage and headers.get(b"authorization", XET) != XET:
             self.hub.leaks.append(f"{asked.method} {asked.path}: a token sent to the storage")
         headers.pop(b"authorization", None)
         for what, text in (
@@ -409,6 +415,8 @@ def build(hub: Hub) -> FastAPI:
     add_accounts(app, hub)
     add_reading(app, hub)
     add_uploads(app, hub)
+    if hub.xorbs is not None:
+        add_xet(app, hub)
     return app
 
 
@@ -750,7 +758,10 @@ def changes(repo: Repo, head: Commit, lines: list[dict], hub: Hub) -> dict[str, 
                 hub.leaks.append(f"commit: in {path}")
             tree[path] = blob(data, large=False)
         elif key == "lfsFile":
-            if (oid := line["value"]["oid"]) not in repo.large:
+            oid, size = line["value"]["oid"], line["value"].get("size", 0)
+            if oid not in repo.large and hub.xorbs is not None:
+                repo.large[oid] = Blob(None, size, oid, True)
+            if oid not in repo.large:
                 words = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
                 refuse(400, f"{words} Offending file: {path}")
             tree[path] = repo.large[oid]
@@ -763,6 +774,27 @@ def changes(repo: Repo, head: Commit, lines: list[dict], hub: Hub) -> dict[str, 
         elif key != "header":
             refuse(400, f"Unknown operation: {key}")
     return tree
+
+
+def add_xet(app: FastAPI, hub: Hub):
+    "The stub of a Xet storage: takes what is sent, knows nothing beforehand, gives nothing back"
+
+    @app.get("/api/{type}/{owner}/{name}/xet-write-token/{revision}")
+    async def xet_token(request: Request, type: str, owner: str, name: str, revision: str):
+        find(hub, request, type, f"{owner}/{name}", write=True)
+        end = int(time.time()) + 3600
+        said = {"casUrl": hub.storage + "/cas", "accessToken": XET.decode().split()[1], "exp": end}
+        names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+        return JSONResponse(said, headers={names[key]: str(value) for key, value in said.items()})
+
+    @app.post("/cas/v1/xorbs/default/{hash}")
+    async def xorb(request: Request, hash: str):
+        hub.xorbs[hash] = await request.body()
+        return {"was_inserted": True}
+
+    @app.post("/cas/v1/shards")
+    async def shard(request: Request):
+        return {"result": 1}
 
 
 # ---- ways to run it -----------------------------------------------------------------------------------------------
