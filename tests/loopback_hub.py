@@ -31,12 +31,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlencode
 
 import uvicorn
 import yaml
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 LARGE = {"arrow", "bin", "gz", "h5", "npy", "npz", "onnx", "parquet", "pt", "safetensors", "tar", "zip", "zst"}
 ATTRIBUTES = "".join(f"*.{end} filter=lfs diff=lfs merge=lfs -text\n" for end in sorted(LARGE)).encode()
@@ -80,7 +82,7 @@ class Commit:
 
 def commit(parent: Commit | None, tree: dict[str, Blob], title: str, now: float) -> Commit:
     listing = [(path, tree[path].oid) for path in sorted(tree)]
-    what = json.dumps([parent.oid if parent else None, listing, title, now, random.random()])
+    what = json.dumps([parent.oid if parent else None, listing, title, now])
     return Commit(hashlib.sha1(what.encode()).hexdigest(), parent.oid if parent else None, now, title, dict(tree))
 
 
@@ -194,6 +196,7 @@ class Hub:
         self.seen: Counter[str] = Counter()  # requests of each kind
         self.given: Counter[tuple[str, str]] = Counter()  # faults given: (kind, fault)
         self.leaks: list[str] = []  # where the token was and should not have been
+        self.broken: list[Exception] = []  # what this server itself did wrong
         self._next: dict[str, deque[str]] = defaultdict(deque)
         self._landed: deque[float] = deque()  # when commits were accepted
 
@@ -202,7 +205,7 @@ class Hub:
 
     def fail(self, kind: str, *faults: str):
         "These faults for the next requests of this kind, one each, before anything that rates or the script say"
-        assert kind in KINDS and set(faults) <= {*BEFORE, *AFTER}, (kind, faults)
+        assert kind in (*KINDS, "other") and set(faults) <= {*BEFORE, *AFTER}, (kind, faults)
         self._next[kind].extend(faults)
 
     def add(self, id: str, files: dict[str, bytes], type: str = "dataset", private: bool = False) -> Repo:
@@ -259,7 +262,7 @@ class Hub:
 
     def stop(self):
         self._call(self._close())
-        self._server.should_exit = True
+        self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(10)
         for sock in self._held:
             sock.close()
@@ -268,16 +271,16 @@ class Hub:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(10)
 
     async def _main(self, ready: threading.Event):
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         app = Door(self, build(self))
-        quiet = dict(log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", **quiet))
-        self._server.config.load()
-        self._server.lifespan = self._server.config.lifespan_class(self._server.config)
+        quiet = dict(log_config=None, log_level="critical", access_log=False)
+        config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_keep_alive=600, **quiet)
+        self._server = uvicorn.Server(config)
+        config.load()
+        self._server.lifespan = config.lifespan_class(config)
         await self._listen()
         ready.set()
-        await self._server.main_loop()
-        await self._server.shutdown()
+        await self._over.wait()
 
     async def _listen(self):
         if not getattr(self._server, "servers", None):
@@ -299,7 +302,7 @@ class Hub:
 
 
 def reserve(port: int) -> socket.socket:
-    sock = socket.socket()
+    sock = socket.socket(proto=socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delay of 40 ms on
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind(("127.0.0.1", port))
@@ -337,7 +340,10 @@ class Door:
         async def keep(message):
             reply.append(message)
 
-        await self.app(scope, read, keep)
+        try:
+            await self.app(scope, read, keep)
+        except Exception as broken:  # a 500 is on its way to the client; `serve` raises this at its end
+            hub.broken.append(broken)
         if asked.fault == "lost":
             return await self.cut(scope, receive)
         if asked.fault == "late-504":
@@ -408,7 +414,7 @@ def build(hub: Hub) -> FastAPI:
     "The application that answers for this Hub"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.exception_handler(HTTPException)
+    @app.exception_handler(StarletteHTTPException)
     async def _(request, failed):
         return JSONResponse({"error": failed.detail}, failed.status_code, failed.headers)
 
@@ -417,6 +423,12 @@ def build(hub: Hub) -> FastAPI:
     add_uploads(app, hub)
     if hub.xorbs is not None:
         add_xet(app, hub)
+
+    @app.api_route("/api/{type}/{name}", methods=["GET"])  # no owner, no repository
+    @app.api_route("/{name}/resolve/{path:path}", methods=["GET", "HEAD"])
+    async def nobody(name: str):
+        refuse(404, "Repository not found", "RepoNotFound")
+
     return app
 
 
@@ -813,25 +825,53 @@ def serve(models: dict[str, Path] | None = None, *, port: int = 0, **options):
         yield hub
     finally:
         hub.stop()
+    if hub.broken:
+        raise hub.broken[0]
 
 
 def point(monkeypatch, address: str, home: Path, offline: bool = False):
-    "Point the clients that are imported already (they read the environment once) at this Hub and a cache of one's own"
-    for key, value in {
+    "Point the clients that are imported already (they read the environment once) at this Hub and caches of one's own"
+    home = Path(home)
+    constants = {
         "ENDPOINT": address,
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
         "HF_HUB_OFFLINE": offline,
         "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
+    }
+    config = {
+        "HF_ENDPOINT": address,
+        "HF_DATASETS_CACHE": home / "datasets",
+        "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
+        "HF_MODULES_CACHE": home / "modules",
+        "HF_HUB_OFFLINE": offline,
+        "HF_UPDATE_DOWNLOAD_COUNTS": False,
+    }
+    for module, values in (("huggingface_hub.constants", constants), ("datasets.config", config)):
+        if module in sys.modules:
+            for key, value in values.items():
+                monkeypatch.setattr(f"{module}.{key}", value)
+    if files := sys.modules.get("huggingface_hub.hf_file_system"):
+        files.HfFileSystem.clear_instance_cache()  # they remember the address they were made with
+
+
+def hurry(monkeypatch) -> list[float]:
+    "The client's own waits, which from here on take no time"
+    waits = []
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
+        monkeypatch.setattr(f"{module}.time", clock)
+    return waits
 
 
 def environment(address: str, home: Path, **more: str) -> dict[str, str]:
     "The environment for a process that is to talk to this Hub and to nothing else"
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    mine = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING")) and "PROXY" not in k}
     own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return mine | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"} | more
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    return mine | own | nowhere | quiet | {"NO_PROXY": "127.0.0.1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | more
 
 
 def main():
