@@ -98,7 +98,7 @@ class Commit:
 def commit(parent: Commit | None, tree: dict[str, Blob], title: str, now: float) -> Commit:
     listing = [(path, tree[path].oid) for path in sorted(tree)]
     what = json.dumps([parent.oid if parent else None, listing, title, now])
-    return Commit(hashlib.sha1(what.encode()).hexdigest(), parent.oid if parent else None, now, title, dict(tree))
+    return Commit(hashlib.sha1(what.encode()).hexdigest(), parent.oid if parent else None, now, title, tree)
 
 
 @dataclass
@@ -267,6 +267,7 @@ class Hub:
         self._call(self._listen())
 
     def start(self, port: int = 0):
+        socket.create_server(("127.0.0.1", port)).close()  # somebody else's port is an error; `reserve` would share it
         self._held = [reserve(port), reserve(0)]  # bound, never listening: the ports stay ours while the Hub is down
         self._ports = [s.getsockname()[1] for s in self._held]
         self.address, self.storage = (f"http://127.0.0.1:{port}" for port in self._ports)
@@ -869,8 +870,6 @@ def point(monkeypatch, address: str, home: Path, offline: bool = False):
         if module in sys.modules:
             for key, value in values.items():
                 monkeypatch.setattr(f"{module}.{key}", value)
-    if client := sys.modules.get("huggingface_hub.utils"):
-        client.close_session()  # a connection was made with another environment
     if files := sys.modules.get("huggingface_hub.hf_file_system"):
         files.HfFileSystem.clear_instance_cache()  # they remember the address they were made with
 
