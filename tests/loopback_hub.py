@@ -870,8 +870,6 @@ def point(monkeypatch, address: str, home: Path, offline: bool = False):
         if module in sys.modules:
             for key, value in values.items():
                 monkeypatch.setattr(f"{module}.{key}", value)
-    if files := sys.modules.get("huggingface_hub.hf_file_system"):
-        files.HfFileSystem.clear_instance_cache()  # they remember the address they were made with
 
 
 def hurry(monkeypatch) -> list[float]:

@@ -214,10 +214,10 @@ def test_a_commit_needs_its_bytes(hub):
 
 def test_names_of_all_kinds(hub):
     client, repo = Client(hub), hub.repo("user/rows")
-    names = ["a b.txt", "ü/b.txt", "ü/é %41?#&.txt", "日本.parquet"]
+    names = ["a b.txt", "目 ü/b.txt", "目 ü/é %41?#&.txt", "日本.parquet"]
     client.commit(*(add(name, name.encode()) for name in names))
     hub.page = 1
-    assert {e.path for e in client.list_repo_tree(path_in_repo="ü", recursive=True)} == set(names[1:3])
+    assert {e.path for e in client.list_repo_tree(path_in_repo="目 ü", recursive=True)} == set(names[1:3])
     assert {f.path for f in client.get_paths_info(paths=names)} == set(names) < set(repo.files())
     for name in names:
         assert Path(client.hf_hub_download(filename=name)).read_bytes() == name.encode()
@@ -307,9 +307,9 @@ def test_data_sets_at_every_commit(hub):
 
 
 def test_what_the_card_is_for(hub):
-    """Without `data_files` in a card every Parquet file is data, the plan too, and the data set cannot be read; a
+    """Without `data_files` in a card every Parquet file is data, the plan too, and the data set cannot be read
 
-    folder that begins with a dot or two underscores would be passed over. A manifest is never read as data here."""
+    A folder that begins with a dot or two underscores is passed over, card or not; so is a manifest."""
     data = {
         "manifest.json": b'{"parts": ["a"]}',
         "data/0.parquet": parquet(id=[0, 1]),
@@ -323,6 +323,7 @@ def test_what_the_card_is_for(hub):
     for name in ("card", "dotted", "special"):
         assert datasets.load_dataset(f"user/{name}", split="train")["id"] == [0, 1, 2]
         assert len(list(datasets.load_dataset(f"user/{name}", split="train", streaming=True))) == 3
+        assert len(pd.read_parquet(f"hf://datasets/user/{name}/data/0.parquet")) == 2
     with pytest.raises(datasets.exceptions.DatasetGenerationError):
         datasets.load_dataset("user/bare")
     with pytest.raises(datasets.table.CastError):
