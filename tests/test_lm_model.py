@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from families import CONFIGS, byte_tokenizer, open_family, random_model, save
-from loopback_hub import COMMIT, serve
+from loopback_hub import point, serve
 from safetensors.torch import load_file, save_file
 
 from llm_analysis.core import InputError, WorldError
@@ -22,32 +22,18 @@ def copy(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
-@pytest.fixture
-def hub_at(monkeypatch, tmp_path):
-    "Point the Hub's client at an address and a cache of this test's own"
-
-    def point(address, home="home", offline=False):
-        url = address + "/{repo_id}/resolve/{revision}/{filename}"
-        cache = str(tmp_path / home)
-        values = dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=url, HF_HUB_CACHE=cache, HF_HUB_OFFLINE=offline)
-        for key, value in values.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    return point
-
-
-def test_hub_then_cache_then_nothing(checkpoint, tmp_path, hub_at):
+def test_hub_then_cache_then_nothing(checkpoint, tmp_path, monkeypatch):
     "Online the revision is resolved to a commit; offline the cache serves the same model; elsewhere there is none"
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "t5")
     pickled = copy(checkpoint, tmp_path)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with serve({"org/good": checkpoint, "org/t5": tmp_path / "t5", "org/pickled": pickled}) as (address, log):
-        hub_at(address)
+    with serve({"org/good": checkpoint, "org/t5": tmp_path / "t5", "org/pickled": pickled}) as hub:
+        point(monkeypatch, hub.address, tmp_path / "home")
         lm = load("org/good", device="cpu")
-        assert (lm.name, lm.revision, lm.fingerprint) == ("org/good", COMMIT, fingerprint(checkpoint))
+        commit = hub.repo("org/good", "model").head
+        assert (lm.name, lm.revision, lm.fingerprint) == ("org/good", commit, fingerprint(checkpoint))
         for name, revision, error, words in (
             ("org/t5", None, InputError, "model type 't5'"),
             ("org/pickled", None, WorldError, "pickles are not read"),
@@ -61,13 +47,13 @@ def test_hub_then_cache_then_nothing(checkpoint, tmp_path, hub_at):
         ):
             with pytest.raises(error, match=words):
                 load(name, revision=revision, device="cpu")
-        fetched = [line for line in log if line.startswith("GET") and "/resolve/" in line]
+        fetched = [a.path for a in hub.log if a.kind == "resolve" and a.method == "GET"]
         assert fetched and not [f for f in fetched if f.endswith(".bin") or "org/t5" in f and "safetensors" in f]
     for offline in (False, True):
-        hub_at("http://127.0.0.1:9", offline=offline)
+        point(monkeypatch, "http://127.0.0.1:9", tmp_path / "home", offline)
         again = load("org/good", device="cpu")
-        assert (again.revision, again.fingerprint) == (COMMIT, lm.fingerprint)
-        hub_at("http://127.0.0.1:9", home="elsewhere", offline=offline)
+        assert (again.revision, again.fingerprint) == (commit, lm.fingerprint)
+        point(monkeypatch, "http://127.0.0.1:9", tmp_path / "elsewhere", offline)
         with pytest.raises(WorldError, match="got 'org/good', not a folder here, not in the Hub's cache"):
             load("org/good", device="cpu")
 
