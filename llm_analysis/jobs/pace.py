@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['masked', 'Trouble', 'asked_pause', 'trouble', 'Backoff', 'Budget', 'timely']
 
-# %% ../../nbs/jobs/15_pace.ipynb #403747c5
+# %% ../../nbs/jobs/15_pace.ipynb #8d2e50b0
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def masked(text: object) -> str:
     line = re.sub(r"\b(hf|api_org)_\w{6,}", r"\1_…", line)
     return re.sub(r"(?i)\b(bearer +|(?:token|signature|credential) *[=:] *)[^\s&,;'\"]{6,}", r"\1…", line)
 
-# %% ../../nbs/jobs/15_pace.ipynb #e0179005
+# %% ../../nbs/jobs/15_pace.ipynb #c850c594
 @dataclass(frozen=True)
 class Trouble:
     "What a failure means for the one who asked"
@@ -48,7 +48,7 @@ class Trouble:
     why: str  # in one line
     do: str = ""  # what a person should do about it
     pause: float | None = None  # seconds that the Hub asks for
-    offline: bool = False  # nobody answered
+    offline: bool = False  # there was nobody to ask
 
     def __str__(self) -> str:
         return f"{self.why}; {self.do}" if self.do else self.why
@@ -61,7 +61,7 @@ def _causes(e: BaseException | None) -> Iterator[BaseException]:
         e = e.__cause__  # not its context: that is what was tried before
 
 
-def asked_pause(headers: dict, message: str) -> float | None:
+def asked_pause(headers: Mapping[str, str], message: str) -> float | None:
     "Seconds that a refusal asks for, in its headers or in words; an hour at most"
     said = {k.lower(): v for k, v in dict(headers).items()}
     units = dict(second=1, minute=60, hour=3600)
@@ -77,7 +77,7 @@ def asked_pause(headers: dict, message: str) -> float | None:
         return None
     return min(seconds, 3600.0)
 
-# %% ../../nbs/jobs/15_pace.ipynb #82322018
+# %% ../../nbs/jobs/15_pace.ipynb #8b774b07
 _PASSING = (OSError, HTTPError, RuntimeError, json.JSONDecodeError)  # of a network, or of a reply that is no reply
 
 
@@ -98,6 +98,12 @@ def _refused(status: int, e: HfHubHTTPError, repo: str) -> Trouble | None:
     return None
 
 
+def _nobody(e: BaseException) -> bool:
+    "Whether no connection came about, which another try will hardly change"
+    names = ("ConnectError", "ConnectTimeout", "gaierror")  # of the client's own library, whichever it is
+    return isinstance(e, ConnectionRefusedError | TimeoutError) or type(e).__name__ in names
+
+
 def trouble(e: BaseException, repo: str) -> Trouble:
     "What a failed request means"
     chain = list(_causes(e))
@@ -111,7 +117,10 @@ def trouble(e: BaseException, repo: str) -> Trouble:
     if reply is None:
         what = masked(str(chain[-1]) or type(chain[-1]).__name__)[:200]
         if isinstance(e, _PASSING):
-            return Trouble("wait", f"no reply from the Hub ({what})", offline=True)
+            deaf = any(map(_nobody, chain))
+            return Trouble(
+                "wait", f"no reply from the Hub ({what})", "check the network" if deaf else "", offline=deaf
+            )
         return Trouble("final", f"the upload failed ({type(chain[-1]).__name__}: {what})")
     status = reply.response.status_code
     if final := _refused(status, reply, repo):

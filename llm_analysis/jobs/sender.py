@@ -112,7 +112,7 @@ class Turn:
             self.file.close()
             self.file = None
 
-# %% ../../nbs/jobs/17_sender.ipynb #4d3e9b30
+# %% ../../nbs/jobs/17_sender.ipynb #10235016
 class Sender:
     "What is here, what is there, and the next thing to do about the difference"
 
@@ -121,7 +121,7 @@ class Sender:
         self.fingerprint, self.private, self.say, self.clock = log.fingerprint, private, say, clock
         self.budget = Budget(self.folder / "_job" / "upload.json", clock)
         self.remote: Remote | None = None  # None: to be read
-        self.last: Remote | None = None  # the last one that was read
+        self.last: Remote | None = None  # the last one that was read, and not concluded
         self.sure = False  # whether `remote` was read, not derived from a commit of ours
         self.todo: Todo | None = None
         self.known: tuple | None = None  # what `todo` was decided from
@@ -170,7 +170,7 @@ class Sender:
             self.nbytes += self.here.entries[name]["bytes"]
         self.commits += 1
 
-# %% ../../nbs/jobs/17_sender.ipynb #1aec7b2e
+# %% ../../nbs/jobs/17_sender.ipynb #75ad7868
 @patch
 def _card(self: Sender, remote: Remote, made: dict) -> str | None:
     "The card for a manifest; None where somebody wrote one of their own"
@@ -206,7 +206,7 @@ def commit(self: Sender, steps: list) -> None:
     kept = {p: f for p, f in remote.files.items() if p.removeprefix("data/") not in gone}
     self.remote = Remote(head, kept | new, remote.texts | {p: t for p, t in texts.items() if t is not None})
     self.remote.texts.setdefault(SPEC, (self.folder / SPEC).read_text())
-    self.last, self.sure = self.remote, False
+    self.sure = False
 
 # %% ../../nbs/jobs/17_sender.ipynb #d051d950
 @patch

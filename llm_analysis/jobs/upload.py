@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MINUTES', 'Sent', 'Upload', 'send', 'upload']
 
-# %% ../../nbs/jobs/18_upload.ipynb #08e93612
+# %% ../../nbs/jobs/18_upload.ipynb #f4e48484
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +110,13 @@ class _Loop(Sender):
             return 0.0
         return self.backoff.after(found)
 
-# %% ../../nbs/jobs/18_upload.ipynb #90a89513
+# %% ../../nbs/jobs/18_upload.ipynb #31aecdb0
 @patch
 def sent(self: _Loop) -> Sent:
     "How far it is"
-    ours = self.here.entries
-    left = list(ours) if self.todo is None else [p["name"] for p, _ in self.todo.steps if p["name"] in ours]
+    ours, decided = self.here.entries, self.known[1] if self.known else {}
+    waiting = {p["name"] for p, _ in self.todo.steps} if self.todo else set()
+    left = [n for n in ours if n in waiting or n not in decided]
     why = self.stopped or (self.trouble if left else None)
     late = "there was no time" if left and why is None else ""
     done = dict(parts=len(ours) - len(left), commits=self.commits, sent=len(self.landed), nbytes=self.nbytes)
@@ -159,7 +161,7 @@ class Upload(_Loop):
         self.since = None if now else self.since
         return now
 
-# %% ../../nbs/jobs/18_upload.ipynb #e3d109bf
+# %% ../../nbs/jobs/18_upload.ipynb #8314fd51
 @patch
 def check(self: Upload) -> None:
     "Look at the repository once; `WorldError` if this run must not write there"
@@ -212,6 +214,8 @@ def finish(
     self.closing.set(), self.wake.set()
     if self.thread is not None:
         self.thread.join(None if self.wait is not None else patience + 1)
+    with suppress(OSError, WorldError):
+        self.here.look(again=True)  # the thread may still wait for a reply
     done = self.sent()
     if done.left:
         self.say(str(done))
