@@ -704,7 +704,7 @@ def test_down_throughout(at_hub, tmp_path):
 
 # ---- torture ------------------------------------------------------------------------------------------------------
 
-SPEED = 200  # virtual seconds in a second
+SPEED = 60  # virtual seconds in a second
 
 
 def fast(zero: float):

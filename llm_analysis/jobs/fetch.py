@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'fetch']
 
-# %% ../../nbs/jobs/17_fetch.ipynb #2befabe9
+# %% ../../nbs/jobs/17_fetch.ipynb #ed25b055
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from hashlib import file_digest
 from pathlib import Path
 
@@ -25,10 +25,21 @@ from .pace import Backoff, timely, trouble
 from .parts import Log
 from .plan import load_plan
 from .pulse import at_rest
-from .remote import PLAN, SECONDS, SPEC, Remote, check_repo, check_run, lacking, read_remote, standing
+from llm_analysis.jobs.remote import (
+    MANIFEST,
+    PLAN,
+    SECONDS,
+    SPEC,
+    Remote,
+    check_repo,
+    check_run,
+    lacking,
+    read_remote,
+    standing,
+)
 from .verify import entry, noted_sha256, write_manifest
 
-# %% ../../nbs/jobs/17_fetch.ipynb #af83caf3
+# %% ../../nbs/jobs/17_fetch.ipynb #9166e5f2
 AT_ONCE = 8  # files that are fetched at the same time
 
 
@@ -37,11 +48,17 @@ class _Door:
 
     def __init__(self, repo: str, api: HfApi, patience: float, say: Callable, clock: Callable, wait: Callable):
         self.repo, self.api, self.patience, self.say, self.clock, self.wait = repo, api, patience, say, clock, wait
-        self.heard = False  # whether anybody ever answered
+        self.heard, self.told = False, -float("inf")  # whether anybody ever answered; when something was said
+
+    def tell(self, text: str) -> None:
+        "Say it, unless another of the requests said something just now"
+        if self.clock() - self.told >= 60:
+            self.told = self.clock()
+            self.say(text)
 
     def ask(self, call: Callable[[], object]) -> object:
         "What `call` gives in the end; `WorldError` if it gives nothing"
-        backoff, end = Backoff(self.clock, self.say), self.clock() + self.patience
+        backoff, end = Backoff(self.clock, self.tell), self.clock() + self.patience
         while True:
             try:
                 found = call()
@@ -105,7 +122,7 @@ def _bring(door: _Door, remote: Remote, log: Log, said: dict, room: Path) -> Non
         parts.link_once(path, name, fd, log.links)
     path.unlink(missing_ok=True)
 
-# %% ../../nbs/jobs/17_fetch.ipynb #1569296c
+# %% ../../nbs/jobs/17_fetch.ipynb #4294cff7
 def _wanted(log: Log, there: Sequence[dict]) -> list[dict]:
     "Parts that the folder lacks; `WorldError` where it holds some of their rows in other pieces"
     known = footer.signatures(log.folder)
@@ -117,6 +134,17 @@ def _wanted(log: Log, there: Sequence[dict]) -> list[dict]:
     return [p for p, _ in wanted]
 
 
+def _all(do: Callable[[dict], None], wanted: Sequence[dict]) -> None:
+    "Do it for each, several at once; after a failure nothing more is begun"
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(do, said) for said in wanted]
+        try:
+            for f in as_completed(futures):
+                f.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/jobs/17_fetch.ipynb #fbb5488e
 def fetch(
     repo: str,  # USER/NAME
     folder: str | Path,  # an empty one, or one that holds some of the same run
@@ -145,9 +173,12 @@ def fetch(
     at_rest(folder, "a fetch")
     room = folder / "_job" / "fetch"
     log = _settle(door, remote, folder, room)
-    wanted = _wanted(log, list(standing(remote, {}, repo).values()))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda said: _bring(door, remote, log, said, room), wanted))
+    there = list(standing(remote, {}, repo).values())
+    gone = len(remote.json(MANIFEST).get("parts", ())) - len(there)
+    if gone:
+        say(f"{gone} parts that the manifest of {repo} names are not there: their rows will be computed again")
+    wanted = _wanted(log, there)
+    _all(lambda said: _bring(door, remote, log, said, room), wanted)
     fsync(log.data)
     shutil.rmtree(room, ignore_errors=True)
     write_manifest(log)

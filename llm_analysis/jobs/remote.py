@@ -39,7 +39,7 @@ def check_repo(
     need(fine, "a data set repository as USER/NAME", got=repr(repo), do=fix)
     return repo
 
-# %% ../../nbs/jobs/16_remote.ipynb #2962df29
+# %% ../../nbs/jobs/16_remote.ipynb #0db2700e
 MANIFEST, README, SPEC, PLAN = "manifest.json", "README.md", "_job/spec.json", "_job/plan.parquet"
 SECONDS = 120.0  # that a small request may take
 
@@ -64,7 +64,7 @@ class Remote:
         except ValueError as e:
             raise WorldError(f"expected JSON in {path} on the Hub; got something else; remove it there") from e
 
-
+# %% ../../nbs/jobs/16_remote.ipynb #469bb9ba
 def read_remote(
     api: HfApi,
     repo: str,  # USER/NAME

@@ -24,7 +24,7 @@ from .parts import Log
 from .remote import Todo
 from .sender import POLL, Sender, Turn
 
-# %% ../../nbs/jobs/18_upload.ipynb #72e562ff
+# %% ../../nbs/jobs/18_upload.ipynb #65c0f99f
 MINUTES = 5.0  # age that a part reaches before it is committed, whatever its size
 
 
@@ -48,7 +48,7 @@ class Sent:
         here = f"{self.left:,} parts with {self.rows_left:,} rows are NOT in {self.repo} ({self.why})"
         return f"{here}. They are safe on this machine: `llm-analysis job upload DIR --repo {self.repo}` sends them"
 
-
+# %% ../../nbs/jobs/18_upload.ipynb #ee632b96
 class _Loop(Sender):
     "Steps, until all is there"
 
@@ -74,41 +74,47 @@ class _Loop(Sender):
             else:
                 self.wake.wait(left)
 
-    def loop(self, due: Callable[[Todo], bool]) -> None:
-        "Send what is due, and at the end everything"
-        while self.clock() < self.end:
-            last, firm = self.closing.is_set(), False
-            try:
-                pause = self.step(due, last) if self.take_turn() else POLL
-                self.backoff.well()
-                if self.patience is not None:
-                    self.end = self.clock() + (pause or 0) + self.patience
-            except Exception as e:
-                pause, firm = self.failed(e), True
-            if self.stopped or last and pause is None:
-                break
-            self.rest(POLL if pause is None else pause, firm)
-        self.turn.leave()
+# %% ../../nbs/jobs/18_upload.ipynb #2ec182d0
+@patch
+def loop(self: _Loop, due: Callable[[Todo], bool]) -> None:
+    "Send what is due, and at the end everything"
+    while self.clock() < self.end:
+        last, firm = self.closing.is_set(), False
+        try:
+            pause = self.step(due, last) if self.take_turn() else POLL
+            self.backoff.well()
+            if self.patience is not None:
+                self.end = self.clock() + (pause or 0) + self.patience
+        except Exception as e:
+            pause, firm = self.failed(e), True
+        if self.stopped or last and pause is None:
+            break
+        self.rest(POLL if pause is None else pause, firm)
+    self.turn.leave()
 
-    def take_turn(self) -> bool:
-        "Whether it is for this process to send"
-        if self.turn.take():
-            return True
-        self.here.look()
-        self.trouble = Trouble("wait", "another process sends what is in this folder")
-        return False
 
-    def failed(self, e: Exception) -> float:
-        "What follows from a failure: seconds to wait"
-        self.trouble = found = trouble(e, self.repo)
-        self.remote = None
-        if found.kind == "odd":  # perhaps what was sent ahead is no longer kept there
-            self.ahead.clear()
-            self.odd += 1
-        if found.kind == "final" or self.odd >= 3:
-            self.stopped = found
-            return 0.0
-        return self.backoff.after(found)
+@patch
+def take_turn(self: _Loop) -> bool:
+    "Whether it is for this process to send"
+    if self.turn.take():
+        return True
+    self.here.look()
+    self.trouble = Trouble("wait", "another process sends what is in this folder")
+    return False
+
+
+@patch
+def failed(self: _Loop, e: Exception) -> float:
+    "What follows from a failure: seconds to wait"
+    self.trouble = found = trouble(e, self.repo)
+    self.remote = None
+    if found.kind == "odd":  # perhaps what was sent ahead is no longer kept there
+        self.ahead.clear()
+        self.odd += 1
+    if found.kind == "final" or self.odd >= 3:
+        self.stopped = found
+        return 0.0
+    return self.backoff.after(found)
 
 # %% ../../nbs/jobs/18_upload.ipynb #31aecdb0
 @patch
@@ -123,7 +129,7 @@ def sent(self: _Loop) -> Sent:
     rows = sum(ours[n]["rows"] for n in left)
     return Sent(self.repo, **done, left=len(left), rows_left=rows, why=str(why or late))
 
-# %% ../../nbs/jobs/18_upload.ipynb #88fae730
+# %% ../../nbs/jobs/18_upload.ipynb #48080940
 class Upload(_Loop):
     "A thread that sends a run's parts while the run goes on"
 
@@ -149,25 +155,27 @@ class Upload(_Loop):
         self.since: float | None = None  # when the oldest part that waits was first seen
         self.thread: threading.Thread | None = None
 
-    def due(self, todo: Todo) -> bool:
-        "Whether it is time for a commit"
-        if not todo.steps:
-            self.since = None
-            return False
-        self.since = self.clock() if self.since is None else self.since
-        rows, size = (sum(p[k] for p, _ in todo.steps) for k in ("rows", "bytes"))
-        old = self.clock() - self.since >= 60 * MINUTES
-        now = old or size >= self.size_mb * 1e6 or self.every is not None and rows >= self.every
-        self.since = None if now else self.since
-        return now
+# %% ../../nbs/jobs/18_upload.ipynb #5c712a9f
+@patch
+def due(self: Upload, todo: Todo) -> bool:
+    "Whether it is time for a commit"
+    if not todo.steps:
+        self.since = None
+        return False
+    self.since = self.clock() if self.since is None else self.since
+    rows, size = (sum(p[k] for p, _ in todo.steps) for k in ("rows", "bytes"))
+    old = self.clock() - self.since >= 60 * MINUTES
+    now = old or size >= self.size_mb * 1e6 or self.every is not None and rows >= self.every
+    self.since = None if now else self.since
+    return now
 
-# %% ../../nbs/jobs/18_upload.ipynb #8314fd51
+# %% ../../nbs/jobs/18_upload.ipynb #4944f7e0
 @patch
 def check(self: Upload) -> None:
     "Look at the repository once; `WorldError` if this run must not write there"
     try:
         self.here.look()
-        self.decide()
+        self.compare()
     except (InputError, WorldError):
         raise
     except Exception as e:
@@ -193,7 +201,7 @@ def _run(self: Upload) -> None:
     if self.stopped:
         self.say(f"{self.stopped}; nothing more is sent, the run goes on")
 
-
+# %% ../../nbs/jobs/18_upload.ipynb #69bd18fd
 @patch(as_prop=True)
 def state(self: Upload) -> str | None:
     "A few words for a bar; None if there is nothing to say"
@@ -221,7 +229,7 @@ def finish(
         self.say(str(done))
     return done
 
-# %% ../../nbs/jobs/18_upload.ipynb #287973fe
+# %% ../../nbs/jobs/18_upload.ipynb #1b0fb884
 def send(
     log: Log,  # of a run, at work or not
     repo: str,  # USER/NAME of a data-set repository; it is made if there is none
@@ -240,19 +248,21 @@ def send(
     up.closing.set()
     up.patience, up.end = patience, clock() + patience
     try:
-        up.read()
-    except Exception as e:
-        found = trouble(e, repo)
-        if found.kind == "final" or found.offline:
-            up.turn.leave()
-            raise WorldError(str(found)) from None
-    up.loop(lambda todo: True)
+        try:
+            up.read()
+        except Exception as e:
+            found = trouble(e, repo)
+            if found.kind == "final" or found.offline:
+                raise WorldError(str(found)) from None
+        up.loop(lambda todo: True)
+    finally:
+        up.turn.leave()
     done = up.sent()
     if up.stopped or done.left:
         raise WorldError(str(up.stopped or done)) from None
     return done
 
-
+# %% ../../nbs/jobs/18_upload.ipynb #df83fbbe
 def upload(
     folder: str,  # output directory of a run
     *,
