@@ -40,6 +40,7 @@ COMMANDS = (
     Command("job", "verify", "llm_analysis.jobs.command:verify", "read every part of a run; mend it with --repair"),
     Command("job", "merge", "llm_analysis.jobs.command:merge", "bring together what was computed apart"),
     Command("job", "compact", "llm_analysis.jobs.command:compact", "make few large parts of many small ones"),
+    Command("job", "upload", "llm_analysis.jobs.upload:upload", "send the parts of a run to a data set on the Hub"),
 )
 
 # %% ../nbs/98_cli.ipynb #dbc81309

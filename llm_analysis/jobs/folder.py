@@ -117,7 +117,7 @@ def spec(self: Planned, rows: Rows, plan: Plan) -> dict:
     own = dict(step=type(step).__name__, version=step.version, settings=settings, schema=step.schema, plan=plan)
     return identity.make_spec(rows, id_column=self.id_column, **own)
 
-# %% ../../nbs/jobs/18_folder.ipynb #041fdf67
+# %% ../../nbs/jobs/18_folder.ipynb #0b67fcc6
 @patch
 def settle(self: Planned) -> tuple[Plan, Log]:
     "The plan and the log of this run, in a folder that is this run's"
@@ -125,6 +125,11 @@ def settle(self: Planned) -> tuple[Plan, Log]:
         self.check_ids(self.source.data)
     if self.options.force_restart and (old := move_aside(self.folder)):
         self.say(f"the older run is now in {old.name}")
+    if self.options.resume_from_hub:
+        from llm_analysis.jobs.fetch import fetch  # who needs no Hub does not wait for its client
+
+        fetched = fetch(self.options.push_to_hub, self.folder, must_exist=False, say=self.say)
+        self.say(f"{fetched:,} parts came from {self.options.push_to_hub}")
     if self.stream:
         self._source = Source(self.read_stream(), self.id_column)
         self.check_ids(self.source.data)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from ..core import need
 from .progress import spoken
 
-# %% ../../nbs/jobs/17_options.ipynb #83fe1246
+# %% ../../nbs/jobs/17_options.ipynb #090706e6
 @dataclass(frozen=True)
 class JobOptions:
     "How a long run is cut, spread and stopped; none of these changes what is computed for a row"
@@ -21,7 +21,8 @@ class JobOptions:
     FLAT: ClassVar[bool] = True  # on a command line the fields are options of their own
 
     num_workers: int = 1  # workers on this machine; 1: in this process
-    executor: str = "local"  # who runs the workers
+    executor: str = "local"  # who runs the workers: local, or ray for several machines
+    ray_address: str | None = None  # of a Ray cluster: auto, or host:port; None: RAY_ADDRESS, or one of this machine
     batch_tokens: int | None = None  # padded tokens in a batch, a longer row being one of its own; None: 16384
     max_batch_size: int | None = None  # rows in a batch; None: as many as batch_tokens allows
     part_rows: int | None = None  # rows after which a part is written; None: no such limit
@@ -32,9 +33,15 @@ class JobOptions:
     shard_index: int | None = None  # which of them this is, from 0
     force_restart: bool = False  # move an older run in the output directory aside (to NAME.old-1, …) and begin anew
     resume: bool = False  # accepted for those who expect it: running again always resumes
+    push_to_hub: str | None = None  # USER/NAME of a data set on the Hub: every part is sent there during the run
+    hub_public: bool = False  # a repository that has to be made is public; otherwise it is private
+    upload_every: int | None = None  # rows after which what is there is sent; None: by size and time alone
+    upload_size_mb: float = 256.0  # megabytes after which what is there is sent; five minutes are enough, too
+    resume_from_hub: bool = False  # first bring what push_to_hub holds of this run, and go on from there
 
     def __post_init__(self):
-        for name in ("num_workers", "batch_tokens", "max_batch_size", "part_rows", "part_mb", "num_shards"):
+        sizes = ("num_workers", "batch_tokens", "max_batch_size", "part_rows", "part_mb", "num_shards")
+        for name in (*sizes, "upload_every", "upload_size_mb"):
             value = getattr(self, name)
             need(value is None or value > 0, f"{name} above 0", got=value, do="give a positive number")
         limit, n, i = self.max_runtime_minutes, self.num_shards, self.shard_index
@@ -44,9 +51,23 @@ class JobOptions:
         fix = "give both, or neither to compute everything here"
         need((n is None) == (i is None), "num_shards and shard_index together", got=f"{n} and {i}", do=fix)
         need(n is None or 0 <= i < n, f"a shard_index from 0 to {(n or 1) - 1}", got=i, do="count from 0")
-        need(self.executor == "local", "the executor local", got=self.executor, do="leave it out")
+        self._check_places()
 
-# %% ../../nbs/jobs/17_options.ipynb #58b86108
+    def _check_places(self) -> None:
+        "Refuse other machines and repositories that cannot be meant"
+        need(
+            self.executor in ("local", "ray"), "the executor local or ray", got=self.executor, do="choose one of them"
+        )
+        alone, fix = self.ray_address is None or self.executor == "ray", "add --executor ray"
+        need(alone, "a ray_address for the executor ray", got=f"one for {self.executor}", do=fix)
+        repo, fix = self.push_to_hub, "give USER/NAME of a data set"
+        need(repo is None or repo.count("/") == 1, "a repository for push_to_hub", got=repr(repo), do=fix)
+        told = [n for n in ("hub_public", "upload_every", "resume_from_hub") if getattr(self, n)]
+        need(repo is not None or not told, "push_to_hub beside it", got=f"{', '.join(told)} alone", do=fix)
+        both = self.resume_from_hub and self.force_restart
+        need(not both, "resume_from_hub or force_restart", got="both", do="go on with a run, or begin anew")
+
+# %% ../../nbs/jobs/17_options.ipynb #33b84228
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -63,6 +84,7 @@ class Summary:
     seconds: float  # of this call
     deaths: int  # workers that died
     ended: str  # "complete", "time is up", "interrupted"
+    sent: object = None  # `upload.Sent`, where parts went to the Hub
 
     @property
     def left(self) -> int:
@@ -85,6 +107,7 @@ class Summary:
             lines.append(f"Warning: {share} of the rows have no result; job.skipped() says why")
         lines += [f"{self.halved:,} batches were computed in halves or row by row"] if self.halved else []
         lines += [f"{self.deaths} workers died and were replaced"] if self.deaths else []
+        lines += [str(self.sent)] if self.sent is not None else []
         if self.left:
             lines.append(f"{self.left:,} rows are left ({self.ended}); run the same again to go on")
         return "\n".join(lines)
