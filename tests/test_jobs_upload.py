@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import Faults, environment, hurry, point, serve
+from upload_victim import fast
 
 from llm_analysis.core import InputError, WorldError
 from llm_analysis.jobs import pace
@@ -381,6 +381,18 @@ def test_one_process_at_a_time(tmp_path, monkeypatch):
     assert up.sent().left == 0 and clock.now > 50  # it took over
 
 
+def test_looking_costs_little(tmp_path, monkeypatch):
+    "After a look at the folder that took a second, there is none for fifty"
+    made(tmp_path / "run", texts(60)).run()
+    clock, looks = Time(), []
+    sender = Sender(log_of(tmp_path / "run"), REPO, PretendedApi(REPO), True, print, clock)
+    monkeypatch.setattr(sender.here, "look", lambda again=False: looks.append(clock.now))
+    monkeypatch.setattr("llm_analysis.jobs.sender.time", type("fake", (), {"thread_time": lambda: float(len(looks))}))
+    for clock.now in range(0, 200, 10):
+        sender.step(lambda todo: False, last=False)
+    assert looks == [0, 50, 100, 150]
+
+
 def test_what_the_bar_shows(tmp_path):
     made(tmp_path / "run", texts(60)).run()
     clock, hub = Time(), PretendedApi(REPO)
@@ -409,7 +421,7 @@ def test_a_hub_that_never_answers(tmp_path, monkeypatch):
 
     hub.create_commit = slow
     sent = send(log_of(tmp_path / "run"), REPO, api=hub, wait=lambda s: None, say=lambda _: None)
-    assert sent.left == 0 and len(hub.commits) == 2
+    assert sent.left == 0 and len(hub.commits) == 2 and stuck[0].is_alive()
     gate.set()
     stuck[0].join(10)
     assert len(hub.commits) == 2 and judge(trees(hub), rows) == []  # too late: the head is another
@@ -436,8 +448,16 @@ def test_beside_a_run(hub, tmp_path, capfd, monkeypatch):
     up.check()
     assert hub.repo(REPO).private
     up.start()
-    publish = Log.publish
-    monkeypatch.setattr(Log, "publish", lambda *a, **k: (time.sleep(0.1), publish(*a, **k))[1])
+    publish, published = Log.publish, []
+
+    def patient(*args):
+        "The twentieth part waits until something is on the Hub"
+        published.append(args)
+        for _ in range(600 if len(published) == 20 else 0):
+            time.sleep(0.0 if len(hub.repo(REPO).commits) > 1 else 0.1)
+        return publish(*args)
+
+    monkeypatch.setattr(Log, "publish", patient)
     job.run()
     sent = up.finish(60)
     repo = hub.repo(REPO)
@@ -630,7 +650,6 @@ def test_offline_and_unreachable(at_hub, tmp_path, monkeypatch):
     with serve(token=TOKEN) as hub:
         at_hub(hub)
         hub.down()
-        began = time.monotonic()
         for call in (lambda: upload(str(tmp_path / "run"), repo=REPO), lambda: fetch(REPO, tmp_path / "new")):
             with pytest.raises(WorldError, match="no reply from the Hub .*refused.*check the network") as raised:
                 call()
@@ -643,7 +662,7 @@ def test_offline_and_unreachable(at_hub, tmp_path, monkeypatch):
             with pytest.raises(WorldError, match="HF_HUB_OFFLINE is set.*unset it") as raised:
                 call()
             one_line(raised)
-        assert time.monotonic() - began < 30 and not (tmp_path / "new").exists()
+        assert not (tmp_path / "new").exists()
 
 
 def test_no_run_to_send_or_fetch(hub, tmp_path):
@@ -704,34 +723,16 @@ def test_down_throughout(at_hub, tmp_path):
 
 # ---- torture ------------------------------------------------------------------------------------------------------
 
-SPEED = 60  # virtual seconds in a second
+VICTIM = Path(__file__).with_name("upload_victim.py")
 
 
-def fast(zero: float):
-    "A clock that all processes of this machine share, and that is much too fast"
-    return lambda: (time.monotonic() - zero) * SPEED
-
-
-def child(folder: str, zero: float, every: int, end: str) -> None:
-    "An uploader in a process of its own, which may be killed at any time"
-    import huggingface_hub.utils._http as client
-
-    client.time = type("fast", (), {**vars(time), "sleep": staticmethod(lambda s: time.sleep(s / SPEED))})
-    wait = lambda s: time.sleep(s / SPEED)
-    up = Upload(log_of(Path(folder)), REPO, every=every, clock=fast(zero), wait=wait).start()
-    Path(folder, "_job", f"ready-{os.getpid()}").touch()
-    while not Path(end).exists():
-        time.sleep(0.02)
-    print(json.dumps(asdict(up.finish(86_400))))
-
-
-def begin(hub, home: Path, folder: Path, zero: float, every: int) -> subprocess.Popen:
+def begin(hub, home: Path, folder: Path, zero: float) -> subprocess.Popen:
     env = environment(hub.address, home / "cache", HF_TOKEN=TOKEN)
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
-    asked = json.dumps(dict(folder=str(folder), zero=zero, every=every, end=str(home / "end")))
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    asked = json.dumps(dict(folder=str(folder), repo=REPO, zero=zero, end=str(home / "end")))
     with open(home / f"said-{folder.name}", "ab") as said:
         own = dict(stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=env)
-        return subprocess.Popen([sys.executable, __file__, "--child", asked], **own)
+        return subprocess.Popen([sys.executable, VICTIM, asked], **own)
 
 
 class Torture:
@@ -758,15 +759,15 @@ class Torture:
     def run(self, hub) -> dict:
         "What happened, and what is wrong with it"
         feeder = threading.Thread(target=self.feed, daemon=True)
-        workers = [begin(hub, self.home, live, self.zero, 1) for live in self.live]
+        workers = [begin(hub, self.home, live, self.zero) for live in self.live]
         feeder.start()
         for _ in range(self.kills):
             while not (self.live[0] / "_job" / f"ready-{workers[0].pid}").exists():
                 time.sleep(0.05)
-            time.sleep(self.draw.uniform(0.1, 1.2))
+            time.sleep(self.draw.uniform(0.1, self.seconds / max(self.kills, 1) * 0.8))
             workers[0].send_signal(signal.SIGKILL)
             workers[0].wait()
-            workers[0] = begin(hub, self.home, self.live[0], self.zero, 1)
+            workers[0] = begin(hub, self.home, self.live[0], self.zero)
         feeder.join()
         (self.home / "end").touch()
         codes = [w.wait(900) for w in workers]
@@ -816,23 +817,19 @@ def torture(home: Path, rows: int, kills: int, seconds: float, seed: int = 0, sa
 
 def test_a_short_torture(tmp_path):
     found = torture(tmp_path, rows=960, kills=3, seconds=9, samples=1)
-    assert found["wrong"] == [] and found["commits"] >= 4, found
-    assert all(found["faults"][f] for f in RATES["*"]), found
+    assert found["wrong"] == [] and sum(found["faults"].values()) > 20 and found["faults"]["lost"], found
 
 
 @pytest.mark.slow
 def test_torture(tmp_path):
-    found = torture(tmp_path, rows=12_000, kills=20, seconds=60, samples=5)
+    found = torture(tmp_path, rows=12_000, kills=20, seconds=100, samples=5)
     assert found["wrong"] == [] and found["parts"] >= 1000, found
 
 
 if __name__ == "__main__":  # make torture: as it is promised
-    if sys.argv[1:2] == ["--child"]:
-        child(**json.loads(sys.argv[2]))
-        sys.exit()
     with tempfile.TemporaryDirectory() as home:
         began = time.monotonic()
-        found = torture(Path(home), rows=12_000, kills=20, seconds=60, samples=5)
+        found = torture(Path(home), rows=12_000, kills=20, seconds=100, samples=5)
         print(json.dumps(found | dict(seconds=round(time.monotonic() - began))), flush=True)
     with tempfile.TemporaryDirectory() as home:
         rows = texts(1200)

@@ -124,7 +124,7 @@ class PretendedHub(Pretended):
 
         self._answer("preupload_lfs_files", repo_id, take)
 
-# %% ../../nbs/jobs/20_pretend.ipynb #2f2ed80b
+# %% ../../nbs/jobs/20_pretend.ipynb #35116453
 class PretendedApi(PretendedHub):
     "A Hub in memory"
 
@@ -132,7 +132,7 @@ class PretendedApi(PretendedHub):
         self, repo_id: str, operations: list, *, commit_message: str, parent_commit: str, **how
     ) -> SimpleNamespace:
         def make() -> SimpleNamespace:
-            if parent_commit != self.commits[-1].oid:
+            if parent_commit not in (None, self.commits[-1].oid):
                 raise refusal(412, "A commit has happened since")
             files = dict(self.files)
             for op in operations:

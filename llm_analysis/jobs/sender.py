@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLL', 'PARTS', 'AHEAD', 'SPARE', 'SLOWEST', 'CALM', 'Here', 'Turn', 'Sender']
 
-# %% ../../nbs/jobs/17_sender.ipynb #80ae6983
+# %% ../../nbs/jobs/17_sender.ipynb #9013b2de
 import fcntl
 import hashlib
 import json
@@ -38,6 +38,7 @@ from llm_analysis.jobs.remote import (
     Todo,
     check_repo,
     decide,
+    git_name,
     read_remote,
 )
 from .verify import entry, manifest, noted_sha256
@@ -114,7 +115,7 @@ class Turn:
             self.file.close()
             self.file = None
 
-# %% ../../nbs/jobs/17_sender.ipynb #ddfd8e59
+# %% ../../nbs/jobs/17_sender.ipynb #da6ca8e9
 class Sender:
     "What is here, what is there, and the next thing to do about the difference"
 
@@ -124,6 +125,7 @@ class Sender:
         self.budget = Budget(self.folder / "_job" / "upload.json", clock)
         self.remote: Remote | None = None  # None: to be read
         self.last: Remote | None = None  # the last one that was read, and not concluded
+        self.kept: dict[str, str] = {}  # small files that were read or written, by what git calls them
         self.sure = False  # whether `remote` was read, not derived from a commit of ours
         self.todo: Todo | None = None
         self.known: tuple | None = None  # what `todo` was decided from
@@ -135,7 +137,7 @@ class Sender:
         self.warned, self.odd = False, 0  # failures of the kind odd since the last commit
         self.tally: Tally | None = None
 
-# %% ../../nbs/jobs/17_sender.ipynb #0a0319e2
+# %% ../../nbs/jobs/17_sender.ipynb #1c588666
 @patch
 def ask(self: Sender, call: Callable[[], object], nbytes: int = 0) -> object:
     "What the Hub answers, if it does in time"
@@ -146,15 +148,15 @@ def ask(self: Sender, call: Callable[[], object], nbytes: int = 0) -> object:
 def read(self: Sender) -> Remote:
     "The repository at its head, made if there is none; afterwards it is known what became of the last commit"
     try:
-        found = read_remote(self.api, self.repo, self.last)
+        found = read_remote(self.api, self.repo, self.last, self.kept)
     except RepositoryNotFoundError:
         found = None
     if found is None:
         how = dict(repo_type="dataset", private=self.private, exist_ok=True)
         self.ask(lambda: self.api.create_repo(self.repo, **how))
-        found = read_remote(self.api, self.repo)
+        found = read_remote(self.api, self.repo, None, self.kept)
     self.remote = self.last = found
-    self.sure = True
+    self.kept, self.sure = found.small(), True
     if self.tried is not None:
         (when, names), self.tried = self.tried, None
         there = [n for n in names if found.sha256(f"data/{n}") == self.here.entries.get(n, {}).get("sha256")]
@@ -181,7 +183,7 @@ def _count(self: Sender, names: Iterable[str]) -> None:
         self.nbytes += self.here.entries[name]["bytes"]
     self.commits += 1
 
-# %% ../../nbs/jobs/17_sender.ipynb #75ad7868
+# %% ../../nbs/jobs/17_sender.ipynb #b490334f
 @patch
 def _card(self: Sender, remote: Remote, made: dict) -> str | None:
     "The card for a manifest; None where somebody wrote one of their own"
@@ -197,7 +199,7 @@ def _card(self: Sender, remote: Remote, made: dict) -> str | None:
 @patch
 def commit(self: Sender, steps: list) -> None:
     "Commit some of what is lacking"
-    remote, self.remote, names = self.remote, None, [p["name"] for p, _ in steps]
+    remote, names = self.remote, [p["name"] for p, _ in steps]
     made, gone = manifest(self.fingerprint, self.todo.after(steps).values()), self.todo.taken(steps)
     texts = {MANIFEST: json.dumps(made, indent=1) + "\n", README: self._card(remote, made)}
     blobs = {path: text.encode() for path, text in texts.items() if text is not None}
@@ -207,17 +209,17 @@ def commit(self: Sender, steps: list) -> None:
     rows = sum(p["rows"] for p, _ in steps)
     title = f"Add {len(names)} parts with {rows:,} rows" if names else "Bring the manifest up to date"
     how = dict(commit_message=title, parent_commit=remote.head, repo_type="dataset")
-    self.tried = (self.budget.spend(), names)
+    self.tried, self.remote = (self.budget.spend(), names), None
     head = self.ask(lambda: self.api.create_commit(self.repo, operations, **how)).oid
     self.tried, self.odd = None, 0
     self._count(names)
     for n in names:
         del self.ahead[n]
-    new = {f"data/{p['name']}": f"sha256:{p['sha256']}" for p, _ in steps} | {p: f"by commit {head}" for p in blobs}
-    kept = {p: f for p, f in remote.files.items() if p.removeprefix("data/") not in gone}
-    self.remote = Remote(head, kept | new, remote.texts | {p: t for p, t in texts.items() if t is not None})
-    self.remote.texts.setdefault(SPEC, (self.folder / SPEC).read_text())
-    self.sure = False
+    new = {f"data/{p['name']}": f"sha256:{p['sha256']}" for p, _ in steps} | {p: git_name(b) for p, b in blobs.items()}
+    left = {p: f for p, f in remote.files.items() if p.removeprefix("data/") not in gone}
+    said = {p: b.decode() for p, b in blobs.items() if p != PLAN}
+    self.remote, self.sure = Remote(head, left | new, remote.texts | said), False
+    self.kept = self.remote.small()
 
 # %% ../../nbs/jobs/17_sender.ipynb #3beecfdb
 @patch

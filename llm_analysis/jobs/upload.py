@@ -74,7 +74,7 @@ class _Loop(Sender):
             else:
                 self.wake.wait(left)
 
-# %% ../../nbs/jobs/18_upload.ipynb #2ec182d0
+# %% ../../nbs/jobs/18_upload.ipynb #5a4d3283
 @patch
 def loop(self: _Loop, due: Callable[[Todo], bool]) -> None:
     "Send what is due, and at the end everything"
@@ -107,7 +107,8 @@ def take_turn(self: _Loop) -> bool:
 def failed(self: _Loop, e: Exception) -> float:
     "What follows from a failure: seconds to wait"
     self.trouble = found = trouble(e, self.repo)
-    self.remote = None
+    if found.kind != "wait":  # what is known of the repository may be wrong; after a commit it is forgotten anyway
+        self.remote = None
     if found.kind == "odd":  # perhaps what was sent ahead is no longer kept there
         self.ahead.clear()
         self.odd += 1
