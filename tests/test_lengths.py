@@ -61,6 +61,18 @@ def test_a_length_is_that_of_what_a_study_sends(name, texts, prompt, chat):
             assert (one.before != before) == (not (owners(places, spans) < 0).any())
 
 
+def test_what_a_tokenizer_puts_behind_a_text_is_not_sent():
+    "The answer comes there; the mark in front counts"
+    t, sent = TOKENIZERS["closed"], "a very good"
+    ids = t(sent)["input_ids"]
+    assert (ids[0], ids[-1]) == (t.bos_token_id, t.eos_token_id)
+    assert prompt_lengths(t, ["very good", ""], prompt="a {text}").tolist() == [
+        len(ids) - 1,
+        len(t("a ")["input_ids"]) - 1,
+    ]
+    assert tokenise(t, sent, True)[0].tolist() == ids[:-1] == fill(t, ["very good"], prompt="a {text}")[0].ids.tolist()
+
+
 def jsonl(path, texts, **columns):
     "A file of texts, with more columns"
     rows = [{"text": t} | {k: v[i] for k, v in columns.items()} for i, t in enumerate(texts)]
@@ -291,6 +303,9 @@ def test_on_the_command_line(mine, tmp_path, capsys):
     assert main(["job", "lengths", mine, "--output-dir", out, "--model", "tiny", "--max-batch-size", "2"]) == 0
     assert "6 of 6 rows are done" in capsys.readouterr().out
     assert main(["job", "status", out]) == 0
+    explained = ["--output-dir", str(tmp_path / "explained"), "--length-column", "length", "--limit", "1"]
+    assert main(["explain", "run", out, *explained, "--device", "cpu", "--answer-tokens", "1"]) == 0
+    assert "not very good" in capsys.readouterr().out
     assert main(["job", "lengths", out, "--output-dir", str(tmp_path / "again")]) == 2
     assert "without a column 'length'" in capsys.readouterr().err
 
