@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import SST2, hub
 from test_explain import folder, lm, tokenizer  # noqa: F401
 from tokenizers import processors
 
@@ -133,6 +134,19 @@ def test_a_model_of_this_machine_has_to_be_named_again(mine, tmp_path, folder): 
         open_rows(str(tmp_path / "out"))
     assert str(folder.parent) not in json.dumps(read_spec(tmp_path / "out"))
     assert open_rows(str(tmp_path / "out"), model="m").model == "m"
+
+
+def test_a_data_set_of_the_hub_is_still_that_one(tmp_path, folder, monkeypatch):  # noqa: F811
+    hub(monkeypatch, loaded=DatasetDict(train=SST2, validation=SST2))
+    count("StanfordNLP/SST2", tmp_path / "out", folder)
+    hub(monkeypatch, asked=AssertionError("the Hub was asked"))
+    rows = open_rows(str(tmp_path / "out"), model="m")
+    assert (rows.name, rows.split, rows.text_column) == ("stanfordnlp/sst2", "validation", "sentence")
+    assert (
+        rows.labels == (" negative", " positive") and rows.label_column == "label" and LENGTH in rows.dataset.features
+    )
+    with pytest.raises(InputError, match="a model for the rows of stanfordnlp/sst2; got none"):
+        open_rows(str(tmp_path / "out"))
 
 
 def test_many_rows_in_many_batches_come_back_in_order(tmp_path):
