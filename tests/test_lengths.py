@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import SST2, hub
 from test_explain import folder, lm, tokenizer  # noqa: F401
 from tokenizers import processors
 
@@ -59,6 +60,18 @@ def test_a_length_is_that_of_what_a_study_sends(name, texts, prompt, chat):
             places = [(a - len(before), b - len(before)) for a, b in tokenise(t, full, True)[1]]
             spans = find_players(t, one.text, prompt="a {text}").spans
             assert (one.before != before) == (not (owners(places, spans) < 0).any())
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_not_sent():
+    "The answer comes there; the mark in front counts"
+    t, sent = TOKENIZERS["closed"], "a very good"
+    ids = t(sent)["input_ids"]
+    assert (ids[0], ids[-1]) == (t.bos_token_id, t.eos_token_id)
+    assert prompt_lengths(t, ["very good", ""], prompt="a {text}").tolist() == [
+        len(ids) - 1,
+        len(t("a ")["input_ids"]) - 1,
+    ]
+    assert tokenise(t, sent, True)[0].tolist() == ids[:-1] == fill(t, ["very good"], prompt="a {text}")[0].ids.tolist()
 
 
 def jsonl(path, texts, **columns):
@@ -121,6 +134,19 @@ def test_a_model_of_this_machine_has_to_be_named_again(mine, tmp_path, folder): 
         open_rows(str(tmp_path / "out"))
     assert str(folder.parent) not in json.dumps(read_spec(tmp_path / "out"))
     assert open_rows(str(tmp_path / "out"), model="m").model == "m"
+
+
+def test_a_data_set_of_the_hub_is_still_that_one(tmp_path, folder, monkeypatch):  # noqa: F811
+    hub(monkeypatch, loaded=DatasetDict(train=SST2, validation=SST2))
+    count("StanfordNLP/SST2", tmp_path / "out", folder)
+    hub(monkeypatch, asked=AssertionError("the Hub was asked"))
+    rows = open_rows(str(tmp_path / "out"), model="m")
+    assert (rows.name, rows.split, rows.text_column) == ("stanfordnlp/sst2", "validation", "sentence")
+    assert (
+        rows.labels == (" negative", " positive") and rows.label_column == "label" and LENGTH in rows.dataset.features
+    )
+    with pytest.raises(InputError, match="a model for the rows of stanfordnlp/sst2; got none"):
+        open_rows(str(tmp_path / "out"))
 
 
 def test_many_rows_in_many_batches_come_back_in_order(tmp_path):
@@ -291,6 +317,9 @@ def test_on_the_command_line(mine, tmp_path, capsys):
     assert main(["job", "lengths", mine, "--output-dir", out, "--model", "tiny", "--max-batch-size", "2"]) == 0
     assert "6 of 6 rows are done" in capsys.readouterr().out
     assert main(["job", "status", out]) == 0
+    explained = ["--output-dir", str(tmp_path / "explained"), "--length-column", "length", "--limit", "1"]
+    assert main(["explain", "run", out, *explained, "--device", "cpu", "--answer-tokens", "1"]) == 0
+    assert "not very good" in capsys.readouterr().out
     assert main(["job", "lengths", out, "--output-dir", str(tmp_path / "again")]) == 2
     assert "without a column 'length'" in capsys.readouterr().err
 
