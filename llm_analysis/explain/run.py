@@ -23,7 +23,7 @@ from .step import Ask, Explain, sample_of
 from .summary import Summary, facts
 from .values import AnswerLogprob, LabelMargin
 from ..jobs import job
-from ..jobs.identity import check, read_spec
+from ..jobs.identity import holder, read_spec
 from ..jobs.job import JobOptions
 from ..lm.model import LM, load
 
@@ -136,8 +136,7 @@ def run(
 ) -> Summary | job.Summary:  # of the explanations; of the job where rows are left
     "Explain a data set's rows: which words moved the model's answer, how much, and how sure that is"
     need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
-    if read_spec(output_dir) is None:
-        check(output_dir, {})
+    holder(output_dir)  # refuses what is no run's
     rows = open_rows(dataset, split=split, text_column=text_column, max_samples=max_samples, model=model)
     for note in rows.notes:
         print(note, file=sys.stderr)
