@@ -21,9 +21,9 @@ import pyarrow as pa
 from ..core import WorldError, need
 from .disk import PASSING, aloud, fsync, patiently, sweep, tmp_name
 
-# %% ../../nbs/jobs/12_streamed.ipynb #2d5f8f95
+# %% ../../nbs/jobs/12_streamed.ipynb #1e33d851
 def is_streamed(
-    rows: object,
+    rows: object,  # what somebody wants to work on
 ) -> bool:
     "Whether rows can only be read one after another: a `datasets.IterableDataset`"
     datasets = sys.modules.get("datasets")  # who holds such an object has imported it
@@ -207,7 +207,7 @@ def open_rows(
     need(rows is not None, f"the rows of a stream in {path.name}", got="a damaged file", do=fix, error=WorldError)
     return rows
 
-# %% ../../nbs/jobs/12_streamed.ipynb #eebab01b
+# %% ../../nbs/jobs/12_streamed.ipynb #8d537985
 HEAD = 1000  # rows of the stream that are compared
 
 
@@ -235,7 +235,7 @@ def _change(kept: pa.Table, new: dict, features: "datasets.Features | None") -> 
 
 
 def compare(
-    stream: "datasets.IterableDataset",
+    stream: "datasets.IterableDataset",  # at most `HEAD` rows are read
     rows: "datasets.Dataset",  # what was read from it earlier
 ) -> None:
     "Hold the first rows of a stream against those in a file; `InputError` names the first that differs"
@@ -316,13 +316,13 @@ def _write(writer: _Writer, stream: "datasets.IterableDataset", told: _Reading) 
         told(start + len(rows))
     writer.finish()
 
-# %% ../../nbs/jobs/12_streamed.ipynb #96011381
+# %% ../../nbs/jobs/12_streamed.ipynb #f962e975
 def spool(
-    stream: "datasets.IterableDataset",
+    stream: "datasets.IterableDataset",  # its columns may be unknown
     path: Path,  # the file; if it is there, only the first rows of the stream are read
     *,
     check: Callable[["datasets.Dataset"], None] = lambda rows: None,  # may refuse the rows before they are kept
-    say: Callable[[str], None] = aloud,
+    say: Callable[[str], None] = aloud,  # told what a person should read
     show: bool = True,  # how far it is
     patience: float = 600.0,  # seconds that a full or failing disk is waited for
     wait: Callable[[float], None] = time.sleep,  # how waiting is done; may raise to give up
