@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,14 +21,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils import close_session, parse_ratelimit_headers
 from loopback_hub import AFTER, BEFORE, Faults, Hub, environment, hurry, point, serve
 
 TOKEN = "hf_" + "loopback" * 4
 HUB = Path(__file__).with_name("loopback_hub.py")
+WEB = httpx2.Client(trust_env=False, verify=False, follow_redirects=True)  # a client that is not the Hub's
 CARD = (
     b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n# Rows\n"
 )
@@ -59,13 +62,22 @@ class Client:
         return self.upload_file(path_or_fileobj=data, path_in_repo=path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nowhere_else():
+    "What the clients of this process would ask elsewhere leads nowhere"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("HF_TOKEN", TOKEN)
+        close_session()  # one client serves all tests: making one reads every certificate of this machine
+        yield
+    close_session()
+
+
 @pytest.fixture
 def at_hub(monkeypatch, tmp_path):
-    "Point this process's clients at a Hub that is running; what they would ask elsewhere leads nowhere"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    "Point the clients of this process at a Hub that is running"
     return lambda hub: point(monkeypatch, hub.address, tmp_path / "home")
 
 
@@ -188,17 +200,29 @@ def test_writers_at_once_lose_nothing(hub):
 
 def test_a_commit_needs_its_bytes(hub):
     "A large file that was never uploaded is refused; half an upload is none"
-    client, repo = Client(hub), hub.repo("user/rows")
-    hollow = add("data/a.parquet", parquet(id=[1]))
+    client, repo, data = Client(hub), hub.repo("user/rows"), parquet(id=[1])
+    hollow = add("data/a.parquet", data)
     hollow._upload_mode, hollow._is_uploaded = "lfs", True
-    with pytest.raises(HfHubHTTPError, match="points? to.* a file that does not exist|pointed to a file"):
+    with pytest.raises(HfHubHTTPError, match="pointed to a file that does not exist"):
         client.commit(hollow)
-    sha256 = hollow.upload_info.sha256.hex()
-    path = f"/large/dataset/user/rows/{sha256}"
+    path = f"/large/dataset/user/rows/{hollow.upload_info.sha256.hex()}"
     with socket.create_connection(("127.0.0.1", int(hub.storage.rsplit(":", 1)[1]))) as cut:
-        cut.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n".encode() + b"x" * 500)
-    assert httpx2.put(hub.storage + path, content=b"other bytes").status_code == 400
+        cut.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data) + 9}\r\n\r\n".encode() + data)
+    assert WEB.put(hub.storage + path, content=b"other bytes").status_code == 400
     assert not repo.large and len(repo.commits) == 1
+
+
+def test_names_of_all_kinds(hub):
+    client, repo = Client(hub), hub.repo("user/rows")
+    names = ["a b.txt", "目 ü/b.txt", "目 ü/é %41?#&.txt", "日本.parquet"]
+    client.commit(*(add(name, name.encode()) for name in names))
+    hub.page = 1
+    assert {e.path for e in client.list_repo_tree(path_in_repo="目 ü", recursive=True)} == set(names[1:3])
+    assert {f.path for f in client.get_paths_info(paths=names)} == set(names) < set(repo.files())
+    for name in names:
+        assert Path(client.hf_hub_download(filename=name)).read_bytes() == name.encode()
+    with pytest.raises(EntryNotFoundError):
+        client.commit(CommitOperationDelete("無.txt"))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -252,7 +276,7 @@ def test_ranges(hub):
 
     def get(name: str, asked: str):
         auth = {"Authorization": f"Bearer {TOKEN}", "Range": asked}
-        return httpx2.get(f"{hub.address}/datasets/user/rows/resolve/main/{name}", headers=auth, follow_redirects=True)
+        return WEB.get(f"{hub.address}/datasets/user/rows/resolve/main/{name}", headers=auth)
 
     for asked, part in (("0-9", data[:10]), ("250-", data[250:]), ("-6", data[-6:]), ("7-7", data[7:8])):
         got = get("large.bin", f"bytes={asked}")
@@ -283,9 +307,9 @@ def test_data_sets_at_every_commit(hub):
 
 
 def test_what_the_card_is_for(hub):
-    """Without `data_files` in a card every Parquet file is data, the plan too, and the data set cannot be read; a
+    """Without `data_files` in a card every Parquet file is data, the plan too, and the data set cannot be read
 
-    folder that begins with a dot or two underscores would be passed over. A manifest is never read as data here."""
+    A folder that begins with a dot or two underscores is passed over, card or not; so is a manifest."""
     data = {
         "manifest.json": b'{"parts": ["a"]}',
         "data/0.parquet": parquet(id=[0, 1]),
@@ -299,6 +323,7 @@ def test_what_the_card_is_for(hub):
     for name in ("card", "dotted", "special"):
         assert datasets.load_dataset(f"user/{name}", split="train")["id"] == [0, 1, 2]
         assert len(list(datasets.load_dataset(f"user/{name}", split="train", streaming=True))) == 3
+        assert len(pd.read_parquet(f"hf://datasets/user/{name}/data/0.parquet")) == 2
     with pytest.raises(datasets.exceptions.DatasetGenerationError):
         datasets.load_dataset("user/bare")
     with pytest.raises(datasets.table.CastError):
@@ -340,8 +365,8 @@ def test_a_token_astray_is_noted(hub):
     client.upload("log.txt", b"used " + TOKEN.encode())
     client.upload("a.parquet", TOKEN.encode())
     client.commit(add("b.txt", b"b"), commit_description=TOKEN)
-    httpx2.get(f"{hub.address}/api/datasets/user/rows?token={TOKEN}")
-    httpx2.get(f"{hub.storage}/large/dataset/user/rows/0", headers=auth)
+    WEB.get(f"{hub.address}/api/datasets/user/rows?token={TOKEN}")
+    WEB.get(f"{hub.storage}/large/dataset/user/rows/0", headers=auth)
     places = [leak.split(": ", 1)[1] for leak in hub.leaks]
     assert places == ["in log.txt", "in the body", "in the body", "in the address", "a token sent to the storage"]
 
@@ -354,9 +379,10 @@ def test_a_token_astray_is_noted(hub):
 def test_the_client_itself_tries_again(hub, waits, kind, fault):
     "Before the commit every fault is made good inside the client"
     hub.faults = Faults(seconds=3, slow=0.1)
-    client = Client(hub)
+    client, start = Client(hub), time.monotonic()
     hub.fail(kind, fault)
     client.upload("a.parquet", b"PAR1")
+    assert fault != "slow" or time.monotonic() - start >= 0.1
     assert hub.given == {(kind, fault): 1} and len(hub.repo("user/rows").commits) == 2
     assert waits == {"429": [4.0], "ratelimit": [4.0], "slow": []}.get(fault, [1])
 
@@ -383,30 +409,45 @@ def test_the_commit_is_the_callers(hub, waits, fault):
     assert len(repo.commits) == 2 and repo.files()["a.txt"] == b"a"
 
 
-@pytest.mark.parametrize("kind", ["info", "tree", "paths", "resolve", "blob", "create", "yaml", "batch", "whoami"])
-def test_any_request_can_fail(hub, waits, kind):
-    "Six times the same: what the client makes good by itself is given up, the rest fails at once"
-    hub.repo("user/rows").large.update(hub.add("user/x", {"a.parquet": b"PAR1"}).large)
+# kind of request → how often the client tries, what it raises in the end
+TRIES = {
+    "whoami": (1, HfHubHTTPError),
+    "create": (1, HfHubHTTPError),
+    "info": (1, HfHubHTTPError),
+    "paths": (1, HfHubHTTPError),
+    "tree": (6, HfHubHTTPError),
+    "yaml": (1, json.JSONDecodeError),  # every reply to this is taken for JSON
+    "preupload": (6, HfHubHTTPError),
+    "batch": (6, HfHubHTTPError),
+    "put": (6, RuntimeError),  # with the HfHubHTTPError as its cause
+    "verify": (6, RuntimeError),
+    "commit": (1, HfHubHTTPError),
+    "resolve": (7, LocalEntryNotFoundError),
+    "blob": (1, HfHubHTTPError),
+}
+
+
+@pytest.mark.parametrize("kind", [*TRIES])
+def test_a_request_that_always_fails(hub, waits, kind):
     client = Client(hub)
     client.upload("a.parquet", b"PAR1")
     calls = {
+        "whoami": lambda: client.api.whoami(),
+        "create": lambda: client.create_repo(exist_ok=True),
         "info": lambda: client.repo_info(),
-        "tree": lambda: list(client.list_repo_tree()),
         "paths": lambda: client.get_paths_info(paths=["a.parquet"]),
+        "tree": lambda: list(client.list_repo_tree()),
+        "yaml": lambda: client.upload("README.md", CARD + b"\n"),
         "resolve": lambda: client.hf_hub_download(filename="a.parquet"),
         "blob": lambda: client.hf_hub_download(filename="a.parquet"),
-        "create": lambda: client.create_repo(exist_ok=True),
-        "yaml": lambda: client.upload("README.md", CARD + b"\n"),
-        "batch": lambda: client.upload("b.parquet", b"PAR1b"),
-        "whoami": lambda: client.api.whoami(),
     }
     hub.fail(kind, *["503"] * 8)
-    with pytest.raises((HfHubHTTPError, OSError, ValueError)) as failed:
-        calls[kind]()
-    retried = {"tree": 6, "batch": 6, "resolve": 7}  # tries, where there is more than one
-    assert hub.given == {(kind, "503"): retried.get(kind, 1)}
-    if kind == "yaml":  # the client takes every reply to this for JSON
-        assert isinstance(failed.value, json.JSONDecodeError)
+    tries, error = TRIES[kind]
+    with pytest.raises(error) as failed:
+        calls.get(kind, lambda: client.upload("b.parquet", b"PAR1b"))()
+    assert hub.given == {(kind, "503"): tries} and type(failed.value) is error
+    assert waits[:5] == ([1, 2, 4, 8, 8] if tries > 1 else [])
+    assert error is not RuntimeError or isinstance(failed.value.__cause__, HfHubHTTPError)
 
 
 def test_fates_are_drawn_once():
@@ -477,12 +518,18 @@ def test_down_and_up(hub):
     assert hub.seen["info"] == 3
 
 
+def test_a_port_belongs_to_one(hub):
+    with pytest.raises(OSError):
+        with serve(port=int(hub.address.rsplit(":", 1)[1])):
+            pass
+
+
 def test_what_breaks_here_is_raised_here():
     with pytest.raises(KeyError):
         with serve() as hub:
             hub.add("user/rows", {})
             url = f"{hub.address}/api/datasets/user/rows/preupload/main"
-            assert httpx2.post(url, json={}).status_code == 500
+            assert WEB.post(url, json={}).status_code == 500
 
 
 # ---- a process of its own -------------------------------------------------------------------------------------------
@@ -517,11 +564,11 @@ def test_a_hub_beside_this_process(at_hub, tmp_path):
         assert client().stdout.strip() == head
         order("down")
         with pytest.raises(httpx2.ConnectError):
-            httpx2.get(address)
+            WEB.get(address)
         order("up")
         order("fail", kind="other", faults=["503"])
         order("faults", faults={"rates": {"other": {"500": 1.0}}})
-        assert [httpx2.get(address).status_code for _ in range(2)] == [503, 500]
+        assert [WEB.get(address).status_code for _ in range(2)] == [503, 500]
         assert order("state")["leaks"] == []
         process.stdin.close()
         assert process.wait(10) == 0
