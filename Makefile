@@ -73,6 +73,7 @@ slow: $(READY) ## the cells and tests that are too slow for every day (re-traini
 
 torture: $(READY) ## kill, stop and restart a long run for an hour: every row exactly once (SEEDS="0 1" for fewer)
 	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_storm.py $(SEEDS)
+	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_upload.py
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tools/readme.py

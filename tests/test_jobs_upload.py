@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ from llm_analysis.jobs.fetch import fetch
 from llm_analysis.jobs.identity import read_spec, spec_fingerprint
 from llm_analysis.jobs.job import Job, JobOptions
 from llm_analysis.jobs.merge import compact
-from llm_analysis.jobs.parts import Log
+from llm_analysis.jobs.parts import Chunk, Log
 from llm_analysis.jobs.pretend import PretendedApi, refusal
 from llm_analysis.jobs.sender import Sender, Turn
 from llm_analysis.jobs.testing import Digests, faults, texts
@@ -306,6 +307,74 @@ def test_parts_that_were_merged_are_taken_away(tmp_path):
     assert {p for p in hub.files if p.startswith("data/")} == {f"data/{n}" for n in parts_of(tmp_path / "run")}
 
 
+def test_pieces_that_fit_no_longer(tmp_path):
+    "The same shard, computed elsewhere in other pieces: if nothing is lacking nothing is sent, else it is refused by name"
+    rows, nothing = texts(240), Chunk(Digests.schema.empty_table())
+    cuts = {"a": ((0, 3), (3, 6)), "b": ((0, 2), (2, 4), (4, 6)), "c": ((0, 3),)}
+    for name, ranges in cuts.items():
+        _, log = made(tmp_path / name, rows).settle()
+        for start, stop in ranges:
+            log.publish(0, start, [nothing] * (stop - start))
+    hub = PretendedApi(REPO)
+    for name in ("a", "b", "c"):
+        assert send(log_of(tmp_path / name), REPO, api=hub).left == 0
+    assert len(hub.commits) == 2
+    hub = PretendedApi(REPO)
+    send(log_of(tmp_path / "c"), REPO, api=hub)
+    with pytest.raises(WorldError, match="disjoint or cover each other; got part-.* there and part-"):
+        send(log_of(tmp_path / "b"), REPO, api=hub)
+    assert len(hub.commits) == 2
+
+
+def test_a_part_that_was_computed_anew(tmp_path):
+    "Under the same name, with other bytes: what was sent ahead of the first is not committed for the second"
+    rows, hub = texts(60), PretendedApi(REPO)
+    made(tmp_path / "run", rows).run()
+    sender = Sender(log_of(tmp_path / "run"), REPO, hub, True, print, Time())
+    sender.step(lambda todo: False, last=False)
+    assert len(sender.ahead) == len(parts_of(tmp_path / "run"))
+    with subprocess_run(tmp_path, rows) as other:
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(other, tmp_path / "run")
+        new = parts_of(tmp_path / "run")
+        while sender.step(lambda todo: True, last=True) is not None:
+            pass
+    assert {f"data/{n}": b for n, b in new.items()} == {p: b for p, b in hub.files.items() if p.startswith("data/")}
+
+
+@contextmanager
+def subprocess_run(home: Path, rows: list[dict]):
+    "The same run by another process, whose number is in its results"
+    code = "import sys; from test_jobs_upload import made, texts; made(sys.argv[1], texts(int(sys.argv[2]))).run()"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
+    subprocess.run([sys.executable, "-c", code, home / "other", str(len(rows))], env=env, check=True)
+    yield home / "other"
+
+
+def test_waiting_for_the_budget_is_not_forgetting(tmp_path):
+    "What has been due stays due, however long the budget makes it wait"
+    made(tmp_path / "run", texts(60)).run()
+    clock, hub = Time(), PretendedApi(REPO)
+    up = Upload(log_of(tmp_path / "run"), REPO, api=hub, clock=clock)
+    for _ in range(60):
+        up.budget.spend()
+    while up.step(up.due, last=False) is not None:
+        clock.now += 2
+    assert 3600 <= clock.now < 3620
+
+
+def test_a_repository_that_goes_away(tmp_path):
+    "One that was there and is no more is not made again"
+    made(tmp_path / "run", texts(60)).run()
+    hub, clock, said = PretendedApi(REPO), Time(), []
+    up = Upload(log_of(tmp_path / "run"), REPO, every=1, say=said.append, api=hub, clock=clock, wait=clock.wait)
+    up.check()
+    hub.commits.clear()
+    hub.fail("preupload_lfs_files", refusal(404, "Repository not found"))
+    up.start().thread.join(30)
+    assert up.state == "↑ stopped" and hub.commits == [] and len(said) == 1 and "there is no data set repo" in said[0]
+
+
 def test_while_somebody_merges(tmp_path, monkeypatch):
     "Parts that vanish between the look and the sending are looked for again"
     rows, hub = texts(240), PretendedApi(REPO)
@@ -497,6 +566,35 @@ def test_readers_need_nothing_else(hub, tmp_path):
     assert loaded(hub, tmp_path / "cache", hub.repo(REPO).head) == [120, 120]
 
 
+def test_a_quota_and_an_outage(at_hub, tmp_path):
+    "The Hub allows two commits an hour and is down for ten minutes: it takes as long as it takes, and nobody says much"
+    rows, clock, said = texts(240), Time(), []
+    made(tmp_path / "run", rows).run()
+    names = sorted(parts_of(tmp_path / "run"))
+    (tmp_path / "later").mkdir()
+    for name in names[4:]:
+        (tmp_path / "run" / "data" / name).rename(tmp_path / "later" / name)
+    with serve(token=TOKEN, commits_per_hour=2, clock=clock) as hub:
+        at_hub(hub)
+        hub.down()
+
+        def wait(seconds: float) -> None:
+            clock.now += seconds
+            if clock.now >= 600 and not hub._server.servers:
+                hub.up()
+            if clock.now >= 600 and names[4:] and hub.repos and len(hub.repo(REPO).commits) > 1:
+                name = names.pop()
+                (tmp_path / "later" / name).rename(tmp_path / "run" / "data" / name)
+                up.closing.set() if not names[4:] else None
+
+        up = Upload(log_of(tmp_path / "run"), REPO, every=1, say=said.append, clock=clock, wait=wait)
+        up.loop(up.due)
+        repo = hub.repo(REPO)
+        assert up.sent().left == 0 and judge(trees(repo), rows) == []
+        assert busiest([c.time for c in repo.commits[1:]]) == 2 and clock.now > 3600
+        assert 2 <= len(said) <= 8 and not [s for s in said if TOKEN in s]
+
+
 def test_the_first_machine_vanished(hub, tmp_path):
     "An empty folder goes on from the Hub; what is computed twice is what had not been committed there"
     rows = texts(480)
@@ -640,7 +738,7 @@ def test_no_token_no_right(hub, tmp_path, monkeypatch):
         one_line(raised)
         up = Upload(log_of(tmp_path / "run"), REPO, every=1, say=said.append).start()
         up.thread.join(30)  # a background upload gives up, says so once, and nothing is raised
-        assert not up.thread.is_alive() and up.state == "↑ stopped" and len(said) == 1
+        assert not up.thread.is_alive() and up.state == "↑ stopped" and len(said) == 1 and TOKEN not in said[0]
         assert up.finish(1).left == len(parts_of(tmp_path / "run"))
     assert [f for c in hub.repo(REPO).commits for f in c.tree] == []
 
@@ -663,6 +761,22 @@ def test_offline_and_unreachable(at_hub, tmp_path, monkeypatch):
                 call()
             one_line(raised)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"parts": [{"name": "x"}]}', b'{"parts": 3}', b"\xff\xfe"])
+def test_a_manifest_that_is_none(tmp_path, text):
+    made(tmp_path / "run", texts(60)).run()
+    hub = PretendedApi(REPO)
+    send(log_of(tmp_path / "run"), REPO, api=hub)
+    compact(log_of(tmp_path / "run"))
+    hub.add("somebody edits", hub.files | {"manifest.json": text})
+    for call in (
+        lambda: send(log_of(tmp_path / "run"), REPO, api=hub),
+        lambda: fetch(REPO, tmp_path / "new", api=hub),
+    ):
+        with pytest.raises(WorldError, match="manifest.json on the Hub; got .*; remove") as raised:
+            call()
+        one_line(raised)
 
 
 def test_no_run_to_send_or_fetch(hub, tmp_path):

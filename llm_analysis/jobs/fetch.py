@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'fetch']
 
-# %% ../../nbs/jobs/17_fetch.ipynb #ed25b055
+# %% ../../nbs/jobs/17_fetch.ipynb #f967b5d9
 import os
 import shutil
 import time
@@ -26,7 +26,6 @@ from .parts import Log
 from .plan import load_plan
 from .pulse import at_rest
 from llm_analysis.jobs.remote import (
-    MANIFEST,
     PLAN,
     SECONDS,
     SPEC,
@@ -144,7 +143,7 @@ def _all(do: Callable[[dict], None], wanted: Sequence[dict]) -> None:
         finally:
             pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/jobs/17_fetch.ipynb #fbb5488e
+# %% ../../nbs/jobs/17_fetch.ipynb #ba6a3cda
 def fetch(
     repo: str,  # USER/NAME
     folder: str | Path,  # an empty one, or one that holds some of the same run
@@ -174,7 +173,7 @@ def fetch(
     room = folder / "_job" / "fetch"
     log = _settle(door, remote, folder, room)
     there = list(standing(remote, {}, repo).values())
-    gone = len(remote.json(MANIFEST).get("parts", ())) - len(there)
+    gone = len(remote.listed()) - len(there)
     if gone:
         say(f"{gone} parts that the manifest of {repo} names are not there: their rows will be computed again")
     wanted = _wanted(log, there)

@@ -124,12 +124,12 @@ class PretendedHub(Pretended):
 
         self._answer("preupload_lfs_files", repo_id, take)
 
-# %% ../../nbs/jobs/20_pretend.ipynb #35116453
+# %% ../../nbs/jobs/20_pretend.ipynb #986c9f62
 class PretendedApi(PretendedHub):
     "A Hub in memory"
 
     def create_commit(
-        self, repo_id: str, operations: list, *, commit_message: str, parent_commit: str, **how
+        self, repo_id: str, operations: list, *, commit_message: str, parent_commit: str | None = None, **how
     ) -> SimpleNamespace:
         def make() -> SimpleNamespace:
             if parent_commit not in (None, self.commits[-1].oid):

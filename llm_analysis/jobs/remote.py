@@ -40,7 +40,7 @@ def check_repo(
     need(fine, "a data set repository as USER/NAME", got=repr(repo), do=fix)
     return repo
 
-# %% ../../nbs/jobs/16_remote.ipynb #9161f636
+# %% ../../nbs/jobs/16_remote.ipynb #bdad8eb6
 MANIFEST, README, SPEC, PLAN = "manifest.json", "README.md", "_job/spec.json", "_job/plan.parquet"
 SECONDS = 120.0  # that a small request may take
 
@@ -68,11 +68,28 @@ class Remote:
         return {self.files[path]: text for path, text in self.texts.items()}
 
     def json(self, path: str) -> dict:
-        "A file of JSON; empty if it is not there; `WorldError` if it is no JSON"
+        "An object of JSON; empty if it is not there; `WorldError` if it is none"
         try:
-            return json.loads(self.texts.get(path, "{}"))
-        except ValueError as e:
-            raise WorldError(f"expected JSON in {path} on the Hub; got something else; remove it there") from e
+            said = json.loads(self.texts.get(path, "{}"))
+        except ValueError:
+            said = None
+        got, fix = "something else", "remove it there"
+        need(isinstance(said, dict), f"a JSON object in {path} on the Hub", got=got, do=fix, error=WorldError)
+        return said
+
+    def listed(self) -> dict[str, dict]:
+        "What the manifest says of each part; `WorldError` if it does not say what a manifest says"
+        entries = self.json(MANIFEST).get("parts", [])
+        numbers = ("shard", "start", "stop", "rows", "bytes")
+        fine = isinstance(entries, list) and all(
+            isinstance(e, dict)
+            and all(isinstance(e.get(k), int) for k in numbers)
+            and all(isinstance(e.get(k), str) for k in ("name", "sha256"))
+            for e in entries
+        )
+        fix = f"remove {MANIFEST} there"
+        need(fine, f"an intact {MANIFEST} on the Hub", got="a damaged one", do=fix, error=WorldError)
+        return {e["name"]: e for e in entries}
 
 # %% ../../nbs/jobs/16_remote.ipynb #0e12eb61
 def read_remote(
@@ -103,7 +120,7 @@ def download(api: HfApi, repo: str, head: str, path: str) -> bytes:
         how = dict(repo_type="dataset", revision=head, local_dir=room)
         return Path(timely(lambda: api.hf_hub_download(repo, path, **how), SECONDS)).read_bytes()
 
-# %% ../../nbs/jobs/16_remote.ipynb #5d744c8f
+# %% ../../nbs/jobs/16_remote.ipynb #b58f2c4f
 _HARMLESS = {README, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
@@ -116,7 +133,7 @@ def holds_run(remote: Remote, repo: str) -> str | None:
         need(not strange, f"an empty repository {repo}, or one of this run", got=got, do=fix, error=WorldError)
         return None
     said = remote.json(SPEC)
-    whole = "spec" in said and said.get("fingerprint") == spec_fingerprint(said["spec"])
+    whole = isinstance(said.get("spec"), dict) and said.get("fingerprint") == spec_fingerprint(said["spec"])
     need(whole, f"an intact {SPEC} in {repo}", got="a damaged one", do="restore it there", error=WorldError)
     return said["fingerprint"]
 
@@ -131,15 +148,14 @@ def check_run(remote: Remote, repo: str, fingerprint: str) -> None:
     got, fix = f"data/{strange}", "move it out of data/ there"
     need(strange is None, f"parts only under data/ in {repo}", got=got, do=fix, error=WorldError)
 
-# %% ../../nbs/jobs/16_remote.ipynb #6d000b07
+# %% ../../nbs/jobs/16_remote.ipynb #7fcebc59
 def standing(
     remote: Remote,
     ours: Mapping[str, dict],  # name → entry of the parts on this machine
     repo: str,
 ) -> dict[str, dict]:  # name → entry
     "The parts that are there, whole; `WorldError` for one that nobody knows"
-    said = {e["name"]: e for e in remote.json(MANIFEST).get("parts", ())}
-    found = {}
+    said, found = remote.listed(), {}
     for path in remote.files:
         if not path.startswith("data/"):
             continue
@@ -187,7 +203,7 @@ def lacking(
         found.append((p, tuple(met)))
     return found
 
-# %% ../../nbs/jobs/16_remote.ipynb #83c164e2
+# %% ../../nbs/jobs/16_remote.ipynb #2cb770b4
 @dataclass(frozen=True)
 class Todo:
     "What makes a repository hold all that is here"
@@ -221,4 +237,4 @@ def decide(
     check_run(remote, repo, fingerprint)
     there = standing(remote, ours, repo)
     steps = lacking(there.values(), ours.values(), repo)
-    return Todo(steps, there, remote.json(MANIFEST).get("parts", []) != manifest(fingerprint, there.values())["parts"])
+    return Todo(steps, there, list(remote.listed().values()) != manifest(fingerprint, there.values())["parts"])

@@ -74,7 +74,7 @@ class _Loop(Sender):
             else:
                 self.wake.wait(left)
 
-# %% ../../nbs/jobs/18_upload.ipynb #5a4d3283
+# %% ../../nbs/jobs/18_upload.ipynb #1592ab7a
 @patch
 def loop(self: _Loop, due: Callable[[Todo], bool]) -> None:
     "Send what is due, and at the end everything"
@@ -107,8 +107,6 @@ def take_turn(self: _Loop) -> bool:
 def failed(self: _Loop, e: Exception) -> float:
     "What follows from a failure: seconds to wait"
     self.trouble = found = trouble(e, self.repo)
-    if found.kind != "wait":  # what is known of the repository may be wrong; after a commit it is forgotten anyway
-        self.remote = None
     if found.kind == "odd":  # perhaps what was sent ahead is no longer kept there
         self.ahead.clear()
         self.odd += 1
@@ -130,7 +128,7 @@ def sent(self: _Loop) -> Sent:
     rows = sum(ours[n]["rows"] for n in left)
     return Sent(self.repo, **done, left=len(left), rows_left=rows, why=str(why or late))
 
-# %% ../../nbs/jobs/18_upload.ipynb #48080940
+# %% ../../nbs/jobs/18_upload.ipynb #f55cb9f5
 class Upload(_Loop):
     "A thread that sends a run's parts while the run goes on"
 
@@ -153,27 +151,26 @@ class Upload(_Loop):
         need(log.fingerprint is not None, "the fingerprint of the run", got=None, do="open the log with it")
         super().__init__(log, repo, private=private, say=say, api=api, clock=clock, wait=wait)
         self.every, self.size_mb = every, size_mb
-        self.since: float | None = None  # when the oldest part that waits was first seen
+        self.since: tuple[int, float] | None = None  # commits so far, and when a part was first seen after them
         self.thread: threading.Thread | None = None
 
-# %% ../../nbs/jobs/18_upload.ipynb #5c712a9f
+# %% ../../nbs/jobs/18_upload.ipynb #00e0b9b5
 @patch
 def due(self: Upload, todo: Todo) -> bool:
     "Whether it is time for a commit"
     if not todo.steps:
         self.since = None
         return False
-    self.since = self.clock() if self.since is None else self.since
+    if self.since is None or self.since[0] != self.commits:
+        self.since = (self.commits, self.clock())
     rows, size = (sum(p[k] for p, _ in todo.steps) for k in ("rows", "bytes"))
-    old = self.clock() - self.since >= 60 * MINUTES
-    now = old or size >= self.size_mb * 1e6 or self.every is not None and rows >= self.every
-    self.since = None if now else self.since
-    return now
+    old = self.clock() - self.since[1] >= 60 * MINUTES
+    return old or size >= self.size_mb * 1e6 or self.every is not None and rows >= self.every
 
-# %% ../../nbs/jobs/18_upload.ipynb #4944f7e0
+# %% ../../nbs/jobs/18_upload.ipynb #f32762ac
 @patch
 def check(self: Upload) -> None:
-    "Look at the repository once; `WorldError` if this run must not write there"
+    "Look at the repository once, and make it if there is none; `WorldError` if this run must not write there"
     try:
         self.here.look()
         self.compare()
