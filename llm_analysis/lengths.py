@@ -16,7 +16,7 @@ from datasets import Features, Value
 
 from .core import WorldError, need
 from .data import Rows, about, check_lengths, open_rows
-from .jobs.identity import check, contents, read_spec
+from .jobs.identity import contents, holder
 from .jobs.job import Job, JobOptions, Summary
 from .jobs.step import Step
 from .lm.model import Words, load_tokenizer
@@ -109,8 +109,7 @@ def add_lengths(
     "Count every row's tokens, once: the folder is the data set with a column `length`, for --length-column length"
     if prompt is not None:
         check_prompt(prompt)
-    if read_spec(output_dir) is None:
-        check(output_dir, {})
+    holder(output_dir)  # refuses what is no run's
     rows = open_rows(dataset, split=split, text_column=text_column, max_samples=max_samples, model=model)
     _checked(rows, jobs)
     for note in rows.notes:

@@ -25,7 +25,7 @@ from .step import Ask, Explain, Sizes, sample_of
 from .summary import Summary, facts
 from .values import AnswerLogprob, LabelMargin
 from ..jobs import job
-from ..jobs.identity import check, read_spec
+from ..jobs.identity import holder
 from ..jobs.job import JobOptions
 from ..jobs.results import open_results
 from ..lm.model import LM, load
@@ -144,8 +144,7 @@ def run(
 ) -> Summary | job.Summary:  # of the explanations; of the job where rows are left
     "Explain a data set's rows: which words moved the model's answer, how much, and how sure that is"
     need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
-    if read_spec(output_dir) is None:
-        check(output_dir, {})
+    holder(output_dir)  # refuses what is no run's
     source = dict(split=split, text_column=text_column, max_samples=max_samples, model=model)
     rows = _opened(dataset, jobs.length_column, **source)
     template, value = _asked(rows, prompt, label_words, chat, players, answer_tokens)

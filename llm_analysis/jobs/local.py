@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_local']
 
-# %% ../../nbs/jobs/18_local.ipynb #109fc2da
+# %% ../../nbs/jobs/18_local.ipynb #887dd162
 import json
 import os
 import selectors
@@ -17,16 +17,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..core import InputError, WorldError
-from .batch import StepError
-from .dispatch import Brief, Dispatch, Task
+from .crew import Crew, Hand
+from .dispatch import Brief, Dispatch
 from .executor import Control
-from .work import Now
 
 # %% ../../nbs/jobs/18_local.ipynb #292bdb0a
 class _Wire:
@@ -57,22 +56,20 @@ class _Wire:
         *lines, self.waiting = self.waiting.split(b"\n")
         return [json.loads(line) for line in lines]
 
-# %% ../../nbs/jobs/18_local.ipynb #59ecf752
-@dataclass(eq=False)
-class _Hand:
+# %% ../../nbs/jobs/18_local.ipynb #28a1e8ec
+@dataclass(eq=False, kw_only=True)
+class _Hand(Hand):
     "A worker, as its parent sees it"
 
-    name: str
     process: subprocess.Popen
     wire: _Wire
     output: Path  # what it prints
-    heard: float  # monotonic time of its last sign of life
-    ready: bool = False
-    silent: bool = False  # its task was given to somebody else
-    told: bool = False  # to stop
-    task: Task | None = None
-    number: int = -1  # of the task
-    now: Now | None = None
+
+    def send(self, message: dict) -> bool:
+        return self.wire.send(message)
+
+    def kill(self) -> None:
+        self.process.kill()
 
     def how(self) -> str:
         "How the process ended"
@@ -100,13 +97,12 @@ sys.path[:] = json.loads(sys.argv[1])
 from llm_analysis.jobs.worker import serve
 serve(*json.loads(sys.argv[2]))"""
 
-# %% ../../nbs/jobs/18_local.ipynb #df2019d3
+# %% ../../nbs/jobs/18_local.ipynb #a836ab33
 class _Hiring:
     "Starts workers and ends them"
 
-    def __init__(self, brief: Brief, workers: int, devices: Sequence[str], patience: float):
-        self.brief, self.workers, self.devices, self.patience = brief, workers, tuple(devices), patience
-        self.hands: list[_Hand] = []
+    def __init__(self, brief: Brief, workers: int, devices: Sequence[str], patience: float, hands: list):
+        self.devices, self.patience, self.hands = tuple(devices), patience, hands
         self.copy, self.selector = _copy(brief), selectors.DefaultSelector()
         self.env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} | dict(os.environ)
         self.output = brief.folder / "_job" / "log"
@@ -123,12 +119,13 @@ class _Hiring:
         with theirs, open(path, "ab") as output:
             own = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.env)
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(), self.copy), **own)
-        hand = _Hand(f"worker {number}", process, _Wire(ours), path, time.monotonic())
+        own = dict(process=process, wire=_Wire(ours), output=path)
+        hand = _Hand(name=f"worker {number}", heard=time.monotonic(), **own)
         self.selector.register(ours, selectors.EVENT_READ, hand)
         self.hands.append(hand)
         return hand
 
-# %% ../../nbs/jobs/18_local.ipynb #69cc1466
+# %% ../../nbs/jobs/18_local.ipynb #1dceb79d
 @patch
 def bury(self: _Hiring, hand: _Hand) -> None:
     "End a worker's process, if it has not ended, and forget it"
@@ -147,7 +144,7 @@ def bury(self: _Hiring, hand: _Hand) -> None:
 def close(self: _Hiring, kindly: bool = True) -> None:
     "End all workers: idle ones leave by themselves, the others are killed"
     for hand in self.hands:
-        hand.wire.send({"kind": "leave"}) if kindly else hand.process.kill()
+        hand.send({"kind": "leave"}) if kindly else hand.process.kill()
     end = time.monotonic() + 2
     while kindly and time.monotonic() < end and any(h.process.poll() is None for h in self.hands if not h.silent):
         time.sleep(0.01)
@@ -158,23 +155,20 @@ def close(self: _Hiring, kindly: bool = True) -> None:
     self.selector.close()
     os.close(self.copy)
 
-# %% ../../nbs/jobs/18_local.ipynb #597f7bdb
-class _Hearing(_Hiring):
-    "Listens to workers"
+# %% ../../nbs/jobs/18_local.ipynb #59389579
+class _Team(Crew):
+    "Workers that are processes of this machine"
 
     def __init__(self, brief, dispatch, control, workers, devices, patience):
-        super().__init__(brief, workers, devices, patience)
-        self.dispatch, self.control = dispatch, control
-        self.tasks, self.stillborn, self.deaths = 0, 0, 0
-        self.failure: Exception | None = None
+        super().__init__(dispatch, control, workers=workers, patience=patience)
+        self.hiring = _Hiring(brief, workers, devices, patience, self.hands)
+
+    def hire(self) -> Hand:
+        return self.hiring.hire()
 
     def hear(self, wait: float) -> None:
         "Take in what workers say, and notice who is no more"
-        asleep = time.monotonic()
-        self.selector.select(wait)
-        if time.monotonic() - asleep > wait + self.patience / 2:  # it was this process that was stopped
-            for hand in self.hands:
-                hand.heard = time.monotonic()
+        self.hiring.selector.select(wait)
         for hand in list(self.hands):
             over = hand.process.poll() is not None  # first, so that its last words are not missed
             for message in hand.wire.receive():
@@ -183,100 +177,17 @@ class _Hearing(_Hiring):
             if over or not hand.wire.open:
                 self.died(hand)
 
-# %% ../../nbs/jobs/18_local.ipynb #d924a12e
-@patch
-def heard(self: _Hearing, hand: _Hand, message: dict) -> None:
-    "One message"
-    kind, current = message["kind"], message["task"] == hand.number and hand.task is not None
-    if kind == "ready":
-        hand.ready, self.stillborn = True, 0
-    elif kind == "beat" and current and message["now"]:
-        hand.now = Now(**message["now"])
-        self.control.seen(hand.name, hand.now)
-    elif kind == "done" and current:
-        self.dispatch.done(hand.task) if message["ended"] else self.dispatch.hand_on(hand.task)
-        shard, hand.task, hand.now = hand.task.shard, None, None
-        self.control.settled(hand.name, shard, "waiting")
-    elif kind in ("say", "broken"):
-        self.control.say(f"{hand.name}: {message['text']}")
-    elif kind == "error":
-        error = StepError if message["step"] else WorldError
-        self.failure = self.failure or error(message["text"])
-    if hand.silent:  # it is back: what it was doing is done by somebody else
-        hand.told = hand.told or hand.wire.send({"kind": "stop", "task": self.tasks})
-        hand.silent = not (kind == "done" or (kind == "beat" and message["now"] is None))
-
-# %% ../../nbs/jobs/18_local.ipynb #329d91bd
-class _Crew(_Hearing):
-    "Watches workers"
-
-    def died(self, hand: _Hand) -> None:
+    def died(self, hand: Hand) -> None:
         "A worker is no more"
-        self.bury(hand)
-        self.deaths += 1
-        if hand.task is not None:
-            now = hand.now
-            self.dispatch.died(hand.task, now and now.running, now and now.row, hand.how())
-            self.control.settled(hand.name, hand.task.shard)
-        self.control.gone(hand.name)
-        self.stillborn += 0 if hand.ready else 1
+        self.hiring.bury(hand)
+        self.lost(hand, hand.how())
         killed = hand.process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
         if self.stillborn >= (20 if killed else 3) and not self.failure:
             last = hand.output.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
             text = f"expected workers that start; got {hand.how()} {self.stillborn} times: {last[0]}"
             self.failure = WorldError(f"{text}; see {hand.output.name} in _job/log, or try one worker")
 
-# %% ../../nbs/jobs/18_local.ipynb #3c1a5048
-@patch
-def run(self: _Crew) -> None:
-    "Until nothing is left, or until told to stop"
-    while True:
-        self.hear(0.1)
-        self.judge()
-        halting = self.control.halt() or self.failure
-        if not halting:
-            self.assign()
-        for hand in self.hands:
-            if halting and hand.task is not None and not hand.told:
-                hand.told = hand.wire.send({"kind": "stop", "task": hand.number})
-        busy = any(hand.task is not None for hand in self.hands)
-        if not busy and (halting or not self.dispatch.queue):
-            break
-    if self.failure:
-        raise self.failure
-
-# %% ../../nbs/jobs/18_local.ipynb #78012d43
-@patch
-def judge(self: _Crew) -> None:
-    "Whoever is silent loses the task, and in the end its life"
-    for hand in list(self.hands):
-        quiet = time.monotonic() - hand.heard
-        if quiet > self.patience and not hand.silent and hand.ready:
-            hand.silent = True
-            self.control.seen(hand.name, "silent")
-            if hand.task is not None:
-                self.control.say(f"{hand.name} has been silent for {quiet:.0f} s: its shard goes to another")
-                shard, hand.task = hand.task.shard, None
-                self.dispatch.queue.appendleft(shard)
-                self.control.settled(hand.name, shard, "silent")
-        if quiet > 6 * max(self.patience, 1.0 if hand.ready else 60.0):
-            hand.process.kill()
-            self.died(hand)
-
-
-@patch
-def assign(self: _Crew) -> None:
-    "Give tasks to idle workers, and start as many workers as there is work for"
-    for hand in self.hands:
-        if hand.ready and not hand.silent and hand.task is None and (task := self.dispatch.next()):
-            self.tasks += 1
-            hand.task, hand.number, hand.now, hand.told = task, self.tasks, None, False
-            hand.wire.send({"kind": "task", "task": self.tasks, "work": asdict(task)})
-    busy = sum(hand.task is not None for hand in self.hands)
-    while len(self.hands) < min(self.workers, busy + len(self.dispatch.queue)):
-        self.control.seen(self.hire().name, "setting up")
-
-# %% ../../nbs/jobs/18_local.ipynb #53834880
+# %% ../../nbs/jobs/18_local.ipynb #f5433ebc
 def run_local(
     brief: Brief,
     dispatch: Dispatch,
@@ -289,10 +200,10 @@ def run_local(
     "Compute all tasks with workers in processes of their own"
     if not dispatch.queue:
         return 0
-    crew, kindly = _Crew(brief, dispatch, control, workers, devices, patience), False
+    team, kindly = _Team(brief, dispatch, control, workers, devices, patience), False
     try:
-        crew.run()
+        team.run()
         kindly = True
     finally:
-        crew.close(kindly)
-    return crew.deaths
+        team.hiring.close(kindly)
+    return team.deaths

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['serve']
 
-# %% ../../nbs/jobs/17_worker.ipynb #7e7ac9d4
+# %% ../../nbs/jobs/17_worker.ipynb #b1cb6f20
 import json
 import os
 import queue
@@ -18,8 +18,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict
 
-from ..core import WorldError
-from .batch import StepError, unusable
+from .batch import verdict
 from .dispatch import Brief, Task
 from .work import Now
 
@@ -86,7 +85,7 @@ def _steps(server: _Server, brief: Brief, device: str) -> None:
         server.now = None
         server.send("done", ended=ended)
 
-# %% ../../nbs/jobs/17_worker.ipynb #6199cbc2
+# %% ../../nbs/jobs/17_worker.ipynb #e8fefa63
 def serve(
     end: int,  # descriptor of the socket to the parent
     brief: int,  # descriptor of a file with the brief
@@ -105,9 +104,7 @@ def serve(
         data = b"".join(os.pread(brief, 1 << 24, at) for at in range(0, size, 1 << 24))
         _steps(server, dill.loads(data), device)  # noqa: S301 the parent's own object, over its own descriptor
     except Exception as e:
-        kind = "broken" if unusable(e) else "error"
-        text = str(e) if isinstance(e, WorldError) else f"{type(e).__name__}: {e}"
-        server.send(kind, text=text, step=isinstance(e, StepError) or not isinstance(e, OSError | WorldError))
+        server.send(**verdict(e))
         traceback.print_exc()
         code = 3
     sys.stdout.flush(), sys.stderr.flush()
