@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['WARN', 'JobOptions', 'Summary']
 
-# %% ../../nbs/jobs/17_options.ipynb #87a00136
+# %% ../../nbs/jobs/17_options.ipynb #c71dacf0
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from fastcore.basics import patch
+
 from ..core import need
 from .progress import spoken
 
-# %% ../../nbs/jobs/17_options.ipynb #090706e6
+# %% ../../nbs/jobs/17_options.ipynb #aa3f7ba8
 @dataclass(frozen=True)
 class JobOptions:
     "How a long run is cut, spread and stopped; none of these changes what is computed for a row"
@@ -53,21 +55,24 @@ class JobOptions:
         need(n is None or 0 <= i < n, f"a shard_index from 0 to {(n or 1) - 1}", got=i, do="count from 0")
         self._check_places()
 
-    def _check_places(self) -> None:
-        "Refuse other machines and repositories that cannot be meant"
-        need(
-            self.executor in ("local", "ray"), "the executor local or ray", got=self.executor, do="choose one of them"
-        )
-        alone, fix = self.ray_address is None or self.executor == "ray", "add --executor ray"
-        need(alone, "a ray_address for the executor ray", got=f"one for {self.executor}", do=fix)
-        repo, fix = self.push_to_hub, "give USER/NAME of a data set"
-        need(repo is None or repo.count("/") == 1, "a repository for push_to_hub", got=repr(repo), do=fix)
-        told = [n for n in ("hub_public", "upload_every", "resume_from_hub") if getattr(self, n)]
-        need(repo is not None or not told, "push_to_hub beside it", got=f"{', '.join(told)} alone", do=fix)
-        both = self.resume_from_hub and self.force_restart
-        need(not both, "resume_from_hub or force_restart", got="both", do="go on with a run, or begin anew")
+# %% ../../nbs/jobs/17_options.ipynb #a850241f
+@patch
+def _check_places(self: JobOptions) -> None:
+    "Refuse other machines and repositories that cannot be meant"
+    need(self.executor in ("local", "ray"), "the executor local or ray", got=self.executor, do="choose one of them")
+    alone, fix = self.ray_address is None or self.executor == "ray", "add --executor ray"
+    need(alone, "a ray_address for the executor ray", got=f"one for {self.executor}", do=fix)
+    repo, fix = self.push_to_hub, "give USER/NAME of a data set"
+    need(repo is None or repo.count("/") == 1, "a repository for push_to_hub", got=repr(repo), do=fix)
+    told = [n for n in ("hub_public", "upload_every", "resume_from_hub") if getattr(self, n)]
+    need(repo is not None or not told, "push_to_hub beside it", got=f"{', '.join(told)} alone", do=fix)
+    both = self.resume_from_hub and self.force_restart
+    need(not both, "resume_from_hub or force_restart", got="both", do="go on with a run, or begin anew")
 
-# %% ../../nbs/jobs/17_options.ipynb #33b84228
+# %% ../../nbs/jobs/17_options.ipynb #d49a4c0d
+WARN = 0.02  # share of rows without a result above which the summary warns
+
+# %% ../../nbs/jobs/17_options.ipynb #77905cd1
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -114,6 +119,3 @@ class Summary:
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join(str(self).splitlines())
-
-
-WARN = 0.02  # share of rows without a result above which the summary warns
