@@ -72,7 +72,7 @@ def _check_places(self: JobOptions) -> None:
 # %% ../../nbs/jobs/17_options.ipynb #d49a4c0d
 WARN = 0.02  # share of rows without a result above which the summary warns
 
-# %% ../../nbs/jobs/17_options.ipynb #77905cd1
+# %% ../../nbs/jobs/17_options.ipynb #43c837a2
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -102,9 +102,8 @@ class Summary:
         return self.left == 0
 
     def __str__(self) -> str:
-        rate = f" in {spoken(self.seconds)}" + (
-            f", {self.computed / self.seconds:,.1f} rows/s" if self.computed else ""
-        )
+        rate = f" in {spoken(self.seconds)}"
+        rate += f", {self.computed / self.seconds:,.1f} rows/s" if self.computed else ""
         lines = [f"{self.done:,} of {self.rows:,} rows are done; {self.computed:,} of them now{rate}"]
         lines += [f"{self.skipped:,} were left out and {self.failed:,} failed"] if self.skipped or self.failed else []
         if self.rows and (self.skipped + self.failed) / self.rows > WARN:
