@@ -26,7 +26,8 @@ from llm_analysis.explain.players import find_players
 from llm_analysis.explain.report import SAMPLES, VALUES
 from llm_analysis.explain.run import run
 from llm_analysis.explain.values import LabelMargin
-from llm_analysis.jobs import job, parts, progress
+from llm_analysis.jobs import folder as places
+from llm_analysis.jobs import parts, progress
 from llm_analysis.jobs.job import JobOptions
 from llm_analysis.jobs.merge import merge
 from llm_analysis.jobs.plan import load_plan
@@ -146,7 +147,7 @@ def test_other_processes_measure_rows_alike(lm, folder, known):  # noqa: F811
 def test_a_page_is_made_with_one_look_at_the_files(done, monkeypatch):
     "Plan, spec and footers are what a run of a million rows has much of"
     seen = []
-    for owner in (job, progress):
+    for owner in (places, progress):
         load = owner.load_plan
         monkeypatch.setattr(owner, "load_plan", lambda *a, load=load: seen.append("plan") or load(*a))
     read = parts.read_parts
