@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -333,22 +332,22 @@ def test_a_part_that_was_computed_anew(tmp_path):
     sender = Sender(log_of(tmp_path / "run"), REPO, hub, True, print, Time())
     sender.step(lambda todo: False, last=False)
     assert len(sender.ahead) == len(parts_of(tmp_path / "run"))
-    with subprocess_run(tmp_path, rows) as other:
-        shutil.rmtree(tmp_path / "run")
-        shutil.copytree(other, tmp_path / "run")
-        new = parts_of(tmp_path / "run")
-        while sender.step(lambda todo: True, last=True) is not None:
-            pass
+    other = elsewhere(tmp_path, rows)
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(other, tmp_path / "run")
+    new = parts_of(tmp_path / "run")
+    while sender.step(lambda todo: True, last=True) is not None:
+        pass
     assert {f"data/{n}": b for n, b in new.items()} == {p: b for p, b in hub.files.items() if p.startswith("data/")}
+    assert judge(trees(hub), rows) == []
 
 
-@contextmanager
-def subprocess_run(home: Path, rows: list[dict]):
+def elsewhere(home: Path, rows: list[dict]) -> Path:
     "The same run by another process, whose number is in its results"
     code = "import sys; from test_jobs_upload import made, texts; made(sys.argv[1], texts(int(sys.argv[2]))).run()"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
     subprocess.run([sys.executable, "-c", code, home / "other", str(len(rows))], env=env, check=True)
-    yield home / "other"
+    return home / "other"
 
 
 def test_waiting_for_the_budget_is_not_forgetting(tmp_path):
@@ -370,7 +369,7 @@ def test_a_repository_that_goes_away(tmp_path):
     up = Upload(log_of(tmp_path / "run"), REPO, every=1, say=said.append, api=hub, clock=clock, wait=clock.wait)
     up.check()
     hub.commits.clear()
-    hub.fail("preupload_lfs_files", refusal(404, "Repository not found"))
+    up.remote = None  # as after a failure
     up.start().thread.join(30)
     assert up.state == "↑ stopped" and hub.commits == [] and len(said) == 1 and "there is no data set repo" in said[0]
 

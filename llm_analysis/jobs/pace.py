@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SILENCE', 'masked', 'Trouble', 'asked_pause', 'trouble', 'Backoff', 'Budget', 'timely']
 
-# %% ../../nbs/jobs/15_pace.ipynb #eb2d5ffd
+# %% ../../nbs/jobs/15_pace.ipynb #fb810f3c
 import json
 import logging
 import os
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from ..core import InputError, WorldError
 from .disk import boot
@@ -194,7 +194,7 @@ class Budget:
             times.remove(when)
             self._keep(times)
 
-# %% ../../nbs/jobs/15_pace.ipynb #7cf7fb63
+# %% ../../nbs/jobs/15_pace.ipynb #997f25aa
 class _Hush(logging.Filter):
     "Drops what threads of a client say"
 
@@ -206,19 +206,18 @@ class _Hush(logging.Filter):
 def _hushed() -> Iterator[None]:
     "No bars and no warnings from the client"
     hush, handlers = _Hush(), list(logging.getLogger("huggingface_hub").handlers)
+    decided = are_progress_bars_disabled() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     for h in handlers:
         h.addFilter(hush)
     try:
-        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):  # the user has decided
-            yield
-        else:
-            with disable_progress_bars():
-                yield
+        None if decided else disable_progress_bars()
+        yield
     finally:
+        None if decided else enable_progress_bars()
         for h in handlers:
             h.removeFilter(hush)
 
-# %% ../../nbs/jobs/15_pace.ipynb #c731fac1
+# %% ../../nbs/jobs/15_pace.ipynb #e3e7e848
 SILENCE = 300.0  # seconds without a byte after which the client itself gives a connection up
 
 
@@ -237,8 +236,8 @@ def timely(
         except BaseException as e:
             future.set_exception(e)
 
-    threading.Thread(target=run, name="hub request", daemon=True).start()
     with _hushed():
+        threading.Thread(target=run, name="hub request", daemon=True).start()
         try:
             return future.result(seconds)
         except TimeoutError as e:

@@ -89,7 +89,7 @@ class Here:
         need(same, f"{name} as it was written", got="other bytes", do=REPAIR, error=WorldError)
         return CommitOperationAdd(f"data/{name}", str(path))
 
-# %% ../../nbs/jobs/17_sender.ipynb #80ba5af5
+# %% ../../nbs/jobs/17_sender.ipynb #a299ec35
 class Turn:
     "The right to send what is in a folder, for one process at a time"
 
@@ -111,6 +111,7 @@ class Turn:
         return self.file is not None
 
     def leave(self) -> None:
+        "Let another process have it"
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -128,7 +128,7 @@ def sent(self: _Loop) -> Sent:
     rows = sum(ours[n]["rows"] for n in left)
     return Sent(self.repo, **done, left=len(left), rows_left=rows, why=str(why or late))
 
-# %% ../../nbs/jobs/18_upload.ipynb #f55cb9f5
+# %% ../../nbs/jobs/18_upload.ipynb #8f0b5caa
 class Upload(_Loop):
     "A thread that sends a run's parts while the run goes on"
 
@@ -153,6 +153,14 @@ class Upload(_Loop):
         self.every, self.size_mb = every, size_mb
         self.since: tuple[int, float] | None = None  # commits so far, and when a part was first seen after them
         self.thread: threading.Thread | None = None
+
+    @property
+    def state(self) -> str | None:
+        "A few words for a bar; None if there is nothing to say"
+        waiting = len(self.here.entries) if self.todo is None else len(self.todo.steps)
+        if self.stopped:
+            return "↑ stopped"
+        return f"↑ {waiting:,} parts" + (", waiting" if self.backoff.fails else "") if waiting else None
 
 # %% ../../nbs/jobs/18_upload.ipynb #00e0b9b5
 @patch
@@ -199,17 +207,7 @@ def _run(self: Upload) -> None:
     if self.stopped:
         self.say(f"{self.stopped}; nothing more is sent, the run goes on")
 
-# %% ../../nbs/jobs/18_upload.ipynb #69bd18fd
-@patch(as_prop=True)
-def state(self: Upload) -> str | None:
-    "A few words for a bar; None if there is nothing to say"
-    todo = self.todo
-    waiting = len(self.here.entries) if todo is None else len(todo.steps)
-    if self.stopped:
-        return "↑ stopped"
-    return f"↑ {waiting:,} parts" + (", waiting" if self.backoff.fails else "") if waiting else None
-
-
+# %% ../../nbs/jobs/18_upload.ipynb #25a4b706
 @patch
 def finish(
     self: Upload,
