@@ -271,11 +271,13 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 SLOW = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     import datasets, pyarrow as pa
     from llm_analysis.jobs.job import Job
     from llm_analysis.jobs.testing import Digests
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def rows():
         for i in range(20_000):

@@ -58,13 +58,13 @@ def test_hub_then_cache_then_nothing(checkpoint, tmp_path, monkeypatch):
             load("org/good", device="cpu")
 
 
-def test_a_tokenizer_comes_without_weights(checkpoint, tmp_path, hub_at):
-    with serve({"org/good": checkpoint}) as (address, log):
-        hub_at(address)
+def test_a_tokenizer_comes_without_weights(checkpoint, tmp_path, monkeypatch):
+    with serve({"org/good": checkpoint}) as hub:
+        point(monkeypatch, hub.address, tmp_path / "home")
         alone = load_tokenizer("org/good")
-        assert (alone.name, alone.revision) == ("org/good", COMMIT)
-        assert not [line for line in log if "safetensors" in line]
-    hub_at("http://127.0.0.1:9", offline=True)
+        assert (alone.name, alone.revision) == ("org/good", hub.repo("org/good", "model").head)
+        assert not [a.path for a in hub.log if a.kind == "resolve" and "safetensors" in a.path]
+    point(monkeypatch, "http://127.0.0.1:9", tmp_path / "home", offline=True)
     assert load_tokenizer("org/good").fingerprint == alone.fingerprint == load_tokenizer(checkpoint).fingerprint
     with pytest.raises(WorldError, match="got 'org/other', not a folder here, not in the Hub's cache"):
         load_tokenizer("org/other")
