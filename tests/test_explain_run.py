@@ -277,6 +277,7 @@ def test_two_workers_give_the_table_of_one(done, folder, tmp_path, monkeypatch):
     "Workers load the model by the folder that was named, and say the same"
     data = rows_file(tmp_path / "mine.jsonl", ["not very good", HOSTILE, LONG])
     spread = JobOptions(num_workers=2, max_batch_size=1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here: sums of other threads differ in the last digit
     monkeypatch.chdir(folder.parent)
     run(data, output_dir=tmp_path / "out", model=folder.name, seed=5, jobs=spread, **OWN)
     for name in ("values.parquet", "samples.parquet"):
