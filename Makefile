@@ -34,7 +34,11 @@ test: $(READY) ## run every notebook and every test
 	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --timing
 	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest
 
-check: $(READY) ## what CI runs: formatted, cleaned, exported, git unchanged, tests passed
+$(VENV)/.ray: $(READY)
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	@touch "$@"
+
+check: $(VENV)/.ray ## what CI runs: formatted, cleaned, exported, git unchanged, tests passed
 	@PATH="$(BIN):$$PATH" sh tools/unchanged.sh
 	@$(MAKE) --no-print-directory test
 
@@ -67,12 +71,13 @@ docs: $(VENV)/.docs ## build the site into _docs, from what the notebooks store 
 bench: $(READY) ## measure every claim of speed and accuracy (minutes); results are kept in bench/RESULTS.md
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(QUIET) "$(BIN)/python" $$f; done
 
-slow: $(READY) ## the cells and tests that are too slow for every day (re-training included: up to an hour)
+slow: $(VENV)/.ray ## the cells and tests that are too slow for every day (re-training included: up to an hour)
 	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --flags slow --timing
 	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest -m slow
 
-torture: $(READY) ## kill, stop and restart a long run for an hour: every row exactly once (SEEDS="0 1" for fewer)
+torture: $(VENV)/.ray ## kill, stop and restart long runs for an hour: every row exactly once (SEEDS="0 1" for fewer)
 	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_storm.py $(SEEDS)
+	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_ray.py $(SEEDS)
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tools/readme.py
@@ -81,7 +86,7 @@ hooks: $(READY) ## let git merge notebooks cell by cell
 	@PATH="$(BIN):$$PATH" git config --local include.path ../.gitconfig && echo "notebooks are merged by nbdev-merge"
 
 constraints: ## resolve the requirements anew in a fresh environment and write constraints.txt
-	@$(PYTHON) -m venv build/resolve && build/resolve/bin/python -m pip install --quiet -e '.[dev,docs]'
+	@$(PYTHON) -m venv build/resolve && build/resolve/bin/python -m pip install --quiet -e '.[dev,docs,ray]'
 	@{ echo "# The set that is tested. Made by: make constraints"; \
 	  build/resolve/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
 
