@@ -71,9 +71,9 @@ class Watch:
         self.stands.pop(worker, None)
 
 
-def planned(step, rows, out, part_rows=40):
+def planned(step, rows, out, part_rows=40, max_batch_size=16):
     "The brief of a run and its dispatcher, as `Job` makes them"
-    options = JobOptions(batch_tokens=160, max_batch_size=16, part_rows=part_rows)
+    options = JobOptions(batch_tokens=160, max_batch_size=max_batch_size, part_rows=part_rows)
     job = Job(rows, step, output_dir=out, options=options, progress=False, part_seconds=5.0)
     plan, log = job.settle()
     return Brief(step, job.source, plan, job.folder, log.fingerprint, job.loop), Dispatch(plan, log)
@@ -94,6 +94,13 @@ def alive(pid):
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     return False
+
+
+def count(home):
+    "Rows that were computed, by whoever"
+    with suppress(OSError):
+        return sum(int(x.split()[1]) for x in (home / "computed").read_text().splitlines())
+    return 0
 
 
 def wait_for(condition, seconds=60):
@@ -138,8 +145,7 @@ def test_killed_actors_are_started_again_and_nothing_is_lost(ray, home):
     assert run_ray(brief, tasks, watch, workers=3) == 2 == len(killed)
     assert not any(faults(home / "out", rows).values())
     assert sum("died: Ray starts it again" in text for text in watch.said) == 2
-    computed = sum(int(x.split()[1]) for x in (home / "computed").read_text().splitlines())
-    assert 1500 <= computed <= 1500 + 2 * (40 + 32)  # a part's buffer and the batches at work
+    assert 1500 <= count(home) <= 1500 + 2 * (40 + 32)  # a part's buffer and the batches at work
 
 
 # ---- rows that kill, steps that fail
@@ -222,16 +228,15 @@ def test_actors_refuse_a_wrong_place(ray, home, monkeypatch):
 
 def test_halt_finishes_the_batch_and_commits(ray, home):
     rows = texts(1500)
-    (home / "pause").write_text("0.05")
-    brief, tasks = planned(Digests(str(home)), rows, home / "out", part_rows=10_000)
-    computed = lambda: sum(int(x.split()[1]) for x in (home / "computed").read_text().splitlines())
-    assert (
-        run_ray(brief, tasks, Watch(lambda watch: (home / "computed").exists() and computed() > 200), workers=2) == 0
-    )
-    assert 200 < brief.log().open_table().num_rows == computed() < 1500
+    (home / "pause").write_text("0.2")
+    brief, tasks = planned(Digests(str(home)), rows, home / "out", part_rows=10_000, max_batch_size=2)
+    watch = Watch(lambda watch: count(home) > 20)
+    assert run_ray(brief, tasks, watch, workers=2) == 0
+    assert any(p.stop < len(brief.plan.of(p.shard)) for p in brief.log().parts())  # within a shard
+    assert 20 < brief.log().open_table().num_rows == count(home) < 200
     (home / "pause").write_text("0")
     run_ray(brief, Dispatch(brief.plan, brief.log()), Watch(), workers=1)
-    assert computed() == 1500 and not any(faults(home / "out", rows).values())
+    assert count(home) == 1500 and not any(faults(home / "out", rows).values())
 
 
 def test_a_stopped_actor_loses_its_shard_and_does_no_harm(ray, home):
@@ -305,13 +310,6 @@ def lead(home, rows, part_rows=64, workers=3, **more):
     with open(home / "said", "ab") as said:
         own = dict(stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
         return subprocess.Popen(command, env=env, **own)
-
-
-def count(home):
-    "Rows that were computed, by whoever"
-    with suppress(OSError):
-        return sum(int(x.split()[1]) for x in (home / "computed").read_text().splitlines())
-    return 0
 
 
 def test_a_driver_is_killed_then_interrupted_and_the_run_goes_on(ray, home):
