@@ -226,6 +226,7 @@ def test_actors_refuse_a_wrong_place(ray, home, monkeypatch):
 # ---- stopping, waiting
 
 
+@pytest.mark.slow  # it needs a machine with nothing else to do
 def test_halt_finishes_the_batch_and_commits(ray, home):
     rows = texts(1500)
     (home / "pause").write_text("0.2")
@@ -238,6 +239,7 @@ def test_halt_finishes_the_batch_and_commits(ray, home):
     assert count(home) == 1500 and not any(faults(home / "out", rows).values())
 
 
+@pytest.mark.slow  # it needs a machine with nothing else to do
 def test_a_stopped_actor_loses_its_shard_and_does_no_harm(ray, home):
     rows, stopped, woken = texts(1200), [], []
     (home / "pause").write_text("0.05")
