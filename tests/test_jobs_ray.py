@@ -403,11 +403,13 @@ def test_a_private_cluster_is_shut_and_leaves_nothing(home, number):
         assert "Unauthenticated: RPC error: InvalidAuthToken" in line
     family_then = family(driver.pid)
     os.killpg(driver.pid, number)
-    assert driver.wait(30) == 5 and len(token) == 64 and not written
+    assert driver.wait(60) == 5, (home / "said").read_text()[-3000:]
+    assert len(token) == 64 and not written
     wait_for(lambda: not any(map(alive, family_then.values())), 30)
     assert not list((home / "user").iterdir()) and not list((home / "tmp").glob("ray-*"))
     assert token.decode() not in (home / "said").read_text()
-    assert sum(p.num_rows for f in (home / "out" / "data").iterdir() for p in [pq.read_metadata(f)]) == count(home)
+    kept = sum(pq.read_metadata(f).num_rows for f in (home / "out" / "data").iterdir())
+    assert 0 <= count(home) - kept <= (0 if number == signal.SIGINT else 3 * (64 + 32))  # SIGTERM ends Ray, too
 
 
 @pytest.mark.slow
@@ -428,6 +430,17 @@ def test_a_lost_cluster_ends_the_run_with_a_reason(home, what, says):
     (home / "pause").write_text("0")
     assert lead(home, 20_000).wait(120) == 0
     assert not any(faults(home / "out", texts(20_000)).values())
+
+
+@pytest.mark.slow
+def test_a_cluster_that_goes_while_the_run_stops_is_no_error(home):
+    (home / "pause").write_text("30")
+    driver = lead(home, 2000, workers=2)
+    wait_for(lambda: count(home) > 0 or driver.poll() is not None)
+    os.kill(driver.pid, signal.SIGTERM)
+    wait_for(lambda: "finishing what is at work" in (home / "said").read_text())
+    os.kill(family(driver.pid)["raylet"], signal.SIGTERM)
+    assert driver.wait(60) == 5, (home / "said").read_text()[-3000:]
 
 
 @pytest.mark.slow
