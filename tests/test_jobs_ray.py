@@ -433,17 +433,6 @@ def test_a_lost_cluster_ends_the_run_with_a_reason(home, what, says):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_goes_while_the_run_stops_is_no_error(home):
-    (home / "pause").write_text("30")
-    driver = lead(home, 2000, workers=2)
-    wait_for(lambda: count(home) > 0 or driver.poll() is not None)
-    os.kill(driver.pid, signal.SIGTERM)
-    wait_for(lambda: "finishing what is at work" in (home / "said").read_text())
-    os.kill(family(driver.pid)["raylet"], signal.SIGTERM)
-    assert driver.wait(60) == 5, (home / "said").read_text()[-3000:]
-
-
-@pytest.mark.slow
 def test_an_actor_that_never_wakes_up_is_replaced(ray, home):
     rows, stopped = texts(1200), []
     (home / "pause").write_text("0.2")

@@ -180,7 +180,7 @@ def given_up(self: _Fleet, seat: _Seat, error: Exception) -> None:
         why = str(error).strip().splitlines()[-1]
         self.failure = self.failure or WorldError(f"expected workers that Ray can start; got: {why} {fix}")
 
-# %% ../../nbs/jobs/18_cluster.ipynb #c2f1646b
+# %% ../../nbs/jobs/18_cluster.ipynb #cea1ef08
 PLACE = 10.0  # seconds that a worker may look for a place before somebody is told
 
 
@@ -198,9 +198,6 @@ def watch(self: _Fleet) -> None:
     now, why = time.monotonic(), _refusal(self.head)
     safe = "start the cluster and run again: everything committed is safe"
     here = _refusal(self.here)
-    if here and self.control.halt():  # whoever told this process to stop told Ray, too
-        self.hands.clear()
-        return
     need(not here, "Ray's own process on this machine", got=here, do=safe, error=WorldError)
     self.lost_since = why and (self.lost_since or now)
     if why:
