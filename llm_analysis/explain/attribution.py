@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Value', 'Game', 'attribute', 'check_length', 'explain_text']
 
-# %% ../../nbs/explain/44_attribution.ipynb #c2d4480d
+# %% ../../nbs/explain/44_attribution.ipynb #84ad6fb1
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float
 
 from ..core import need
 from .auto import Played, estimate
+from .evaluator import Evaluator, Packed
 from .players import Players, find_players
 from .removal import Delete, Removal
 from .result import Attribution
 from .shapley import Sampler, shapley
-from .values import AnswerLogprob, Evaluator, LabelMargin, Packed, Question
+from .values import AnswerLogprob, LabelMargin, Question
 from ..lm.model import LM
 
 # %% ../../nbs/explain/44_attribution.ipynb #c81c2c12
