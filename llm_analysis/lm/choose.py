@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trial', 'ranking', 'choose']
 
-# %% ../../nbs/lm/26_choose.ipynb #ecc10dc3
+# %% ../../nbs/lm/26_choose.ipynb #562d47b3
 import math
 import time
 import warnings
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from ..core import need
+from ..core import InputError, need
 from .kept import prove_kept
 from .model import LM
 from .plan import ROUTES, Places, Plan, Tokens, plan
@@ -93,7 +93,7 @@ def ranking(
         _RANKED[key] = tuple(sorted(ROUTES, key=lambda r: _tenths(seconds[r] / best)))
     return (_RANKED[key], "measured") if key in _RANKED else (ROUTES, "preferred")
 
-# %% ../../nbs/lm/26_choose.ipynb #553dc8a3
+# %% ../../nbs/lm/26_choose.ipynb #9716f21c
 def _unproven(lm: LM, route: str, lengths: Int[np.ndarray, " batch"], places: Sequence[Places] | None) -> str:
     "Why `route` may not be taken for sequences of these lengths; empty where it may"
     if places is None and route == "single":
@@ -140,10 +140,10 @@ def choose(
     for r in order:
         reason = _unproven(lm, r, lengths, places) if len(lengths) else ""
         if not reason:
+            for left in failed:
+                _tell(lm, *left, left[0] == route, places is not None)
             work = plan(r, lengths, asked=answers, budget=budget, max_answers=max_answers)
-            return work, why + (f", instead of {', '.join(failed)}" if failed else "")
-        if places is None or route != "auto":
-            _tell(lm, r, reason, r == route, places is not None)
-        failed.append(r)
-    what, fix = "a model that computes tokens at places of their own", "delete tokens, or replace them, instead"
-    need(False, what, got=f"{lm.name}: {reason}", do=fix)
+            return work, why + (f", instead of {', '.join(left for left, _ in failed)}" if failed else "")
+        failed.append((r, reason))
+    got, fix = f"{lm.name}: {failed[0][1]}", "delete tokens, or replace them, instead"
+    raise InputError(f"expected a model that computes tokens at places of their own; got {got}; {fix}")
