@@ -27,7 +27,7 @@ class Evaluator(Protocol):
     def next_logits(self, prompts: Prompts, columns: Sequence[int] | None) -> Float[np.ndarray, "coal k"]: ...
     def logprob(self, prompts: Prompts, answer: Sequence[int]) -> Float[np.ndarray, " coal"]: ...
 
-# %% ../../nbs/explain/42_evaluator.ipynb #fa82db9d
+# %% ../../nbs/explain/42_evaluator.ipynb #ee1d2d25
 class Packed:
     "Asks a local model through `lm.packing`, about each different prompt once"
 
@@ -47,7 +47,8 @@ class Packed:
         columns: Sequence[int] | None = None,  # token ids to read; None: all
     ) -> Float[np.ndarray, "coal k"]:
         "Logits of the token that follows each prompt"
-        found = logits(self.lm, prompts, [[-1]] * len(prompts), columns=columns, **self.options)
+        last = [[-1]] * len(prompts)
+        found = logits(self.lm, prompts, last, columns=columns, places=prompts.places, **self.options)
         self._count(found.report)
         return np.array([row[0] for row in found], dtype=np.float64)
 
@@ -57,9 +58,8 @@ class Packed:
         answer: Sequence[int],  # token ids, at least one
     ) -> Float[np.ndarray, " coal"]:
         "Log-probability of `answer` after each prompt, nats, summed over its tokens"
-        said = [np.append(p, answer) for p in prompts]
-        last = [range(-len(answer), 0)] * len(prompts)
-        found = token_logprobs(self.lm, said, last, **self.options)
+        said, last = prompts.followed(answer), [range(-len(answer), 0)] * len(prompts)
+        found = token_logprobs(self.lm, said, last, places=said.places, **self.options)
         self._count(found.report)
         return np.array([row.astype(np.float64).sum() for row in found])
 
