@@ -93,7 +93,7 @@ def ranking(
         _RANKED[key] = tuple(sorted(ROUTES, key=lambda r: _tenths(seconds[r] / best)))
     return (_RANKED[key], "measured") if key in _RANKED else (ROUTES, "preferred")
 
-# %% ../../nbs/lm/26_choose.ipynb #9716f21c
+# %% ../../nbs/lm/26_choose.ipynb #52f27a70
 def _unproven(lm: LM, route: str, lengths: Int[np.ndarray, " batch"], places: Sequence[Places] | None) -> str:
     "Why `route` may not be taken for sequences of these lengths; empty where it may"
     if places is None and route == "single":
@@ -113,7 +113,7 @@ def _tell(lm: LM, route: str, reason: str, named: bool, kept: bool) -> None:
         text = f"{lm.name}: the route {route!r} is not taken: {reason}; another one is used"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-
+# %% ../../nbs/lm/26_choose.ipynb #09ecc4d8
 def choose(
     lm: LM,
     sequences: Sequence[Tokens],
