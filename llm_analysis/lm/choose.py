@@ -58,7 +58,7 @@ def trial(
             best[part.route] = min(best[part.route], (clock() - start) / part.useful)
     return best
 
-# %% ../../nbs/lm/26_choose.ipynb #b9256723
+# %% ../../nbs/lm/26_choose.ipynb #448a9cb4
 _SEEN: dict[tuple, int] = {}  # useful tokens so far, by kind of request
 _RANKED: dict[tuple, tuple[str, ...]] = {}
 
@@ -95,7 +95,7 @@ def branches(
     tree = _planned(TREE, sequences, asked, budget=budget, max_answers=max_answers)
     return tree if tree.computed <= 0.9 * tree.useful else None
 
-
+# %% ../../nbs/lm/26_choose.ipynb #55ecda6a
 def ranking(
     lm: LM,
     sequences: Sequence[Tokens],
@@ -119,7 +119,7 @@ def ranking(
         _RANKED[key] = tuple(sorted(names, key=lambda r: _tenths(seconds[r] / best)))
     return (_RANKED[key], "measured") if key in _RANKED else (names, "preferred")
 
-# %% ../../nbs/lm/26_choose.ipynb #76dccc9e
+# %% ../../nbs/lm/26_choose.ipynb #52f27a70
 def _unproven(lm: LM, route: str, lengths: Int[np.ndarray, " batch"], places: Sequence[Places] | None) -> str:
     "Why `route` may not be taken for sequences of these lengths; empty where it may"
     if places is None and route == "single":
@@ -139,7 +139,7 @@ def _tell(lm: LM, route: str, reason: str, named: bool, kept: bool) -> None:
         text = f"{lm.name}: the route {route!r} is not taken: {reason}; another one is used"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-
+# %% ../../nbs/lm/26_choose.ipynb #92e806b3
 def choose(
     lm: LM,
     sequences: Sequence[Tokens],

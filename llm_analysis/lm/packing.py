@@ -118,7 +118,7 @@ def _kept(lm: LM, sequences: list[Tokens], places: Sequence[Ids] | None) -> list
         out.append(p.astype(np.int64))
     return out
 
-# %% ../../nbs/lm/28_packing.ipynb #6afdc973
+# %% ../../nbs/lm/28_packing.ipynb #bbc77241
 @dataclass(frozen=True)
 class _Work:
     "The different sequences to compute, and whose answers they are"
@@ -127,6 +127,15 @@ class _Work:
     asked: list[Places]  # positions of each, sorted, no two the same
     owner: list[int]  # for each sequence of the request, the one that is computed for it; -1: none
     places: list[Places] | None = None  # of the tokens of each
+
+    @property
+    def users(self) -> list[list[int]]:
+        "For each sequence that is computed, those of the request that it answers"
+        found: list[list[int]] = [[] for _ in self.sequences]
+        for i, k in enumerate(self.owner):
+            if k >= 0:
+                found[k].append(i)
+        return found
 
 
 def _different(
@@ -154,7 +163,7 @@ def _different(
         owner.append(k)
     return _Work(cut, [np.unique(np.concatenate(p)) for p in asked], owner, None if places is None else kept)
 
-# %% ../../nbs/lm/28_packing.ipynb #9cc7f4df
+# %% ../../nbs/lm/28_packing.ipynb #881471fa
 def _read(
     lm: LM,
     sequences: list[Tokens],
@@ -176,10 +185,7 @@ def _read(
     max_answers = max(64, (1 << 29 if large else 1 << 26) // lm.vocab) if layer is None else 1 << 30
     limits = dict(places=work.places, route=route, budget=budget, max_answers=max_answers)
     done, why = choose(lm, work.sequences, work.asked, **limits)
-    users: list[list[int]] = [[] for _ in work.sequences]
-    for i, k in enumerate(work.owner):
-        if k >= 0:
-            users[k].append(i)
+    users = work.users
     answers = [np.zeros((0, *tail), dtype=np.float32)] * len(sequences)
     for forward, out in compute(lm, done, work.sequences, work.asked, places=work.places, layer=layer):
         starts = np.cumsum([0, *(len(work.asked[k]) for k in forward.members)])
