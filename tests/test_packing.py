@@ -207,7 +207,7 @@ def test_any_tree_holds_every_sequence_once(sequences, budget, max_answers):
     seqs = [np.array(s) for s in sequences]
     p, asked = (
         plan_tree(seqs, asked=[1] * len(seqs), budget=budget, max_answers=max_answers),
-        [[len(s) - 1] for s in seqs],
+        [np.array([len(s) - 1]) for s in seqs],
     )
     assert sorted(i for f in p.forwards for i in f.members) == list(range(len(seqs)))
     assert p.useful == sum(map(len, seqs)) >= p.computed == sum(f.width for f in p.forwards)

@@ -120,7 +120,7 @@ def _varlen_attention(
 _VARLEN = f"llm_analysis_varlen_{__name__}"  # a copy of this code in a notebook registers its own
 AttentionInterface.register(_VARLEN, _varlen_attention)
 
-# %% ../../nbs/lm/24_routes.ipynb #c0b7dba5
+# %% ../../nbs/lm/24_routes.ipynb #78bafa8a
 @contextmanager
 def _attending(lm: LM, route: str, inputs: Inputs, kept: bool) -> Iterator[None]:
     "Inside, the model's attention is the one that `route` needs"
@@ -151,7 +151,7 @@ def _apart(
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
     return mask[:, None]
 
-
+# %% ../../nbs/lm/24_routes.ipynb #3a5be2a3
 def _branches(forward: Forward, sequences: Sequence[Tokens], asked: Sequence[Places], lm: LM) -> tuple[Inputs, dict]:
     "A row as a tree, and what the model is given for it"
     ids, depth, sees, gather = lay_out_tree(forward, sequences, asked)
@@ -284,7 +284,7 @@ def rounding(
     need(noise <= 32 * unit, "a model that sees only the past", got=got, do="use a causal model")
     return alone, 4 * noise + 4 * unit
 
-# %% ../../nbs/lm/24_routes.ipynb #fe951236
+# %% ../../nbs/lm/24_routes.ipynb #360c0b02
 def judge(
     lm: LM,
     route: str,  # one of ROUTES
@@ -320,7 +320,7 @@ def judge(
         reason = f"answers differ from one by one by {difference:.2g} nats, rounding explains {tolerance:.2g}"
     return Proof(route, not reason, reach, neighbours, difference, tolerance, reason)
 
-
+# %% ../../nbs/lm/24_routes.ipynb #9433cdf6
 def prove(
     lm: LM,
     route: str,  # one of ROUTES, or tree
