@@ -20,7 +20,7 @@ from .removal import Prompts
 from .values import Question
 from ..lm.model import LM
 
-# %% ../../nbs/explain/44_custom.ipynb #7a9f9e05
+# %% ../../nbs/explain/44_custom.ipynb #3c05ac41
 def called(
     fn: Callable[[list], object],
     batch: list,  # strings, or arrays of token ids
@@ -39,7 +39,7 @@ def called(
     fits = found.shape in ((n,), (n, k)) and found.size >= n and outputs in (None, k)
     need(fits, f"an array of shape {shapes}", got=f"one of shape {found.shape}", do=fix)
     bad = int((~np.isfinite(found)).reshape(n, -1).any(1).sum())
-    need(bad == 0, "finite numbers only", got=f"nan or infinity for {bad} of {n} coalitions", do=fix)
+    need(bad == 0, "finite numbers only", got=f"nan or infinity for {bad} of {n} prompts", do=fix)
     return found
 
 # %% ../../nbs/explain/44_custom.ipynb #5e324e85
