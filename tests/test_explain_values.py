@@ -5,7 +5,6 @@ from collections import Counter
 from decimal import Decimal, getcontext
 from itertools import permutations
 from math import log, sqrt
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +34,7 @@ from llm_analysis.explain.values import (
     whole_odds,
 )
 from llm_analysis.lm.model import LM, load
+from llm_analysis.lm.packing import logits
 
 torch.set_num_threads(1)  # these models are too small to share
 PROMPT, WORDS, LONG = "Review: {text}\nSentiment:", (" bad", " good", " fine"), (" bad and cheap", " good")
@@ -78,15 +78,10 @@ def each_odds(lm, ids, answer):
 
 def said(lm, ids, most):
     "Greedy answer, one forward pass a token"
-    out = []
-    while len(out) < most:
-        token = int(plain(lm, [*ids, *out])[-1].argmax())
-        if token == lm.tokenizer.eos_token_id and out:
-            break
-        out.append(token)
-        if token == lm.tokenizer.eos_token_id:
-            break
-    return out
+    out, ends = [], [lm.tokenizer.eos_token_id, lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    while len(out) < most and not (out and out[-1] in ends):
+        out.append(int(plain(lm, [*ids, *out])[-1].argmax()))
+    return out[:-1] if len(out) > 1 and out[-1] in ends else out
 
 
 def dense_cosine(a, b):
@@ -215,7 +210,7 @@ def test_several_outputs_are_each_alone(lm, value, estimator):
     ends = [known[np.full(n, b).tobytes()] for b in (True, False)]
     np.testing.assert_allclose(together.values.sum(0), ends[0] - ends[1], atol=1e-8)
     for o in range(len(question.outputs)):
-        alone = estimate(lambda coal: np.array([known[c.tobytes()][o] for c in coal]), n, **kind)
+        alone = estimate(lambda coal, o=o: np.array([known[c.tobytes()][o] for c in coal]), n, **kind)
         assert alone.evaluations == together.evaluations
         np.testing.assert_allclose(alone.values.sum(), together.values[:, o].sum(), atol=1e-8)
         if estimator != "auto":  # which may choose another estimator where outputs are looked at together
@@ -270,18 +265,18 @@ def test_odds_of_the_whole_in_fifty_digits(each):
 def test_odds_where_the_model_is_sure():
     lm = open_family("llama", seed=5)
     with torch.no_grad():
-        lm.model.lm_head.weight.mul_(6)
+        lm.model.lm_head.weight.mul_(40)
     try:
         ids = np.arange(3, 15)
         answer = tuple(said(lm, ids, 1))
         got, truth = Packed(lm).odds(Prompts([ids]), answer)[0], each_odds(lm, ids, answer)
         logp = Packed(lm).logprob(Prompts([ids]), answer)[0]
         assert truth[0] > 17, "sure enough that float32 cannot tell"
-        np.testing.assert_allclose(got, truth, atol=1e-4)
+        np.testing.assert_allclose(got, truth, rtol=1e-5)
         assert abs(-np.logaddexp(0, -got[0]) - logp) < 1e-5
     finally:
         with torch.no_grad():
-            lm.model.lm_head.weight.div_(6)
+            lm.model.lm_head.weight.div_(40)
 
 
 # what is not finite
@@ -335,9 +330,8 @@ def test_a_model_that_overflows_is_refused_before_it_answers(lm, players):
                 question.worth(Packed(lm), Delete().prompts(players, all_coalitions(5)))
 
 
-def test_a_score_of_the_wrong_shape_is_refused(players):
-    left = Delete().prompts(players, all_coalitions(5))
-    lone = SimpleNamespace(prompts=0, computed=0, next_logits=None, logprob=None)
+def test_a_score_of_the_wrong_shape_is_refused(lm, players):
+    left, lone = Delete().prompts(players, all_coalitions(5)), Packed(lm)
     with pytest.raises(WorldError, match=r"shape \(32,\)"):
         Question("a", "b", lambda e, p: np.zeros((32, 1))).worth(lone, left)
     with pytest.raises(WorldError, match=r"shape \(32, 2\)"):
@@ -347,15 +341,29 @@ def test_a_score_of_the_wrong_shape_is_refused(players):
 # half precision
 
 
-@pytest.mark.parametrize("name", ["own answer", "odds of its own", "own tokens", "classes", "divergence"])
-def test_sums_of_a_bfloat16_model_are_not_in_bfloat16(name, players):
+def test_sums_of_a_bfloat16_model_are_not_in_bfloat16(players):
+    "From the logits that the model gave, in half precision, everything else is as exact as if they were the truth"
     half = load("tiny", device="cpu", dtype="bfloat16")
-    value, score = PLAIN[name]
-    evaluator = Packed(half, route="single")  # the same forward passes as the loop, so the same logits
-    question = value.settle(half, evaluator, players)
-    left, full = Delete().prompts(players, all_coalitions(5)), players.ids.tolist()
-    truth = np.array([score(half, full, ids.tolist()) for ids in left])
-    np.testing.assert_allclose(question.worth(evaluator, left), truth, rtol=0, atol=1e-4)
+    evaluator = Packed(half, route="single")  # the forward passes of `given`, so the same logits
+    left = Delete().prompts(players, all_coalitions(5))
+    given = lambda seqs, rows: np.array(list(logits(half, seqs, [rows] * len(seqs), route="single")), dtype=np.float64)
+    answer = tokens(half, " good and")
+    rows = given([np.append(x, answer) for x in left], range(-3, -1))
+    logp = torch.from_numpy(rows).log_softmax(-1)[:, [0, 1], answer].numpy()
+    rest = torch.from_numpy(rows)
+    own = rest[:, [0, 1], answer].clone()
+    rest[:, [0, 1], answer] = -torch.inf
+    odd = (own - rest.logsumexp(-1)).numpy()
+    last = torch.from_numpy(given(left.ids, [-1])[:, 0]).log_softmax(-1)
+    for value, truth in (
+        (TargetLogprob(" good and"), logp.sum(1)),
+        (TokenLogprobs(" good and"), np.column_stack([logp, logp.sum(1)])),
+        (TokenLogprobs(" good and", odds=True), np.column_stack([odd, whole_odds(odd)])),
+        (Divergence(), -(last[-1].exp() * (last[-1] - last)).sum(1).numpy()),
+        (ClassLogits(WORDS), last[:, [tokens(half, w)[0] for w in WORDS]].log_softmax(-1).numpy()),
+    ):
+        got = value.settle(half, evaluator, players).worth(evaluator, left)
+        np.testing.assert_allclose(got, truth, rtol=0, atol=2e-5)
 
 
 # whole rows, in slices
@@ -402,12 +410,12 @@ def test_slices_change_nothing(lm, players, monkeypatch, name, most):
     assert name == "odds" or max(sizes) == most
 
 
-def test_greedy_answers_of_many_prompts(lm, players):
-    left = Delete().prompts(players, all_coalitions(5))
+def test_greedy_answers_of_many_prompts(lm):
+    left = Delete().prompts(find_players(lm.tokenizer, "Where does Robert Cruz live?", chat=True), all_coalitions(5))
     evaluator = Packed(lm)
-    got = evaluator.generate(Prompts([*left.ids, *left.ids[:9]]), 6)
-    assert got == [tuple(said(lm, ids.tolist(), 6)) for ids in [*left.ids, *left.ids[:9]]]
-    steps = sum(min(len(x) + 1, 6) for x in got[:32])
+    got = evaluator.generate(Prompts([*left.ids, *left.ids[:9]]), 8)
+    assert got == [tuple(said(lm, ids.tolist(), 8)) for ids in [*left.ids, *left.ids[:9]]]
+    steps = sum(min(len(x) + 1, 8) for x in got[:32])
     assert evaluator.prompts <= steps, "each different prompt once, and none after it has ended"
     assert len({len(x) for x in got}) > 1 and evaluator.generate(Prompts([]), 3) == []
 
