@@ -124,7 +124,7 @@ def sampler_for(
         return Antithetic((evaluations - 2) // (2 * n - 2))
     return Paired((evaluations - 2) // 2, estimator)
 
-# %% ../../nbs/explain/43_auto.ipynb #b90a26c1
+# %% ../../nbs/explain/43_auto.ipynb #92c32b77
 class Played:
     "A game that evaluates no coalition twice"
 
@@ -141,7 +141,7 @@ class Played:
         self.known = [np.concatenate(self.known)]
         return self.known[0][[self.place[key] for key in keys]]
 
-
+# %% ../../nbs/explain/43_auto.ipynb #d5fb2f9e
 def planned(
     n: int,  # players
     *,

@@ -22,9 +22,41 @@ from ..text import visible_line
 from ..views import tokens_html
 from ..viz import bars, bars_svg, heatmap
 
-# %% ../../nbs/explain/43_result.ipynb #a787e77d
+# %% ../../nbs/explain/43_result.ipynb #fcbceecb
+class _Reading:
+    "What can be read off the numbers of an attribution"
+
+    @property
+    def exact(self) -> bool:
+        "Whether nothing was sampled"
+        return self.estimator == "exact"
+
+    @property
+    def main(self) -> "Attribution":
+        "The attribution of the target that the answer is about; itself where there is one number only"
+        return self.of(self.focus) if self.targets else self
+
+    @property
+    def efficiency_gap(self) -> float:
+        "How far the values are from summing to full_value - base_value, for the worst target; rounding only"
+        return float(np.abs(self.values.sum(0) - (np.asarray(self.full_value) - self.base_value)).max(initial=0))
+
+    @property
+    def imprecision(self) -> float:
+        "The widest half of a 95 % interval over the largest absolute value; 0 where exact (compare `tol`)"
+        return intervals.imprecision(self._estimate())
+
+    @property
+    def ranking(self) -> list[int]:
+        "Players by absolute value for the answer, largest first; earlier ones first where equal"
+        return np.argsort(-np.abs(self.main.values), kind="stable").tolist()
+
+    def _estimate(self) -> Estimate:
+        return Estimate(self.values, self.stderr, self.base_value, self.full_value, self.estimator)
+
+# %% ../../nbs/explain/43_result.ipynb #fe615588
 @dataclass(frozen=True, repr=False)
-class Attribution:
+class Attribution(_Reading):
     "What each part of a text did to a model's answer"
 
     text: str
@@ -49,18 +81,13 @@ class Attribution:
 
     focus: int = -1  # the target that the answer is about
 
-    @property
-    def exact(self) -> bool:
-        "Whether nothing was sampled"
-        return self.estimator == "exact"
-
     def __repr__(self) -> str:
         return _plain(self)
 
     def _repr_html_(self) -> str:
         return _html(self)
 
-# %% ../../nbs/explain/43_result.ipynb #bcec61b9
+# %% ../../nbs/explain/43_result.ipynb #ec6a018d
 @patch
 def of(
     self: Attribution,
@@ -76,28 +103,6 @@ def of(
     return replace(self, **numbers, **ends, unit=f"{self.unit}: {names[at]}", targets=(), focus=-1)
 
 
-@patch(as_prop=True)
-def main(self: Attribution) -> Attribution:
-    "The attribution of the target that the answer is about; itself where there is one number only"
-    return self.of(self.focus) if self.targets else self
-
-
-@patch(as_prop=True)
-def efficiency_gap(self: Attribution) -> float:
-    "How far the values are from summing to full_value - base_value, for the worst target; rounding only"
-    return float(np.abs(self.values.sum(0) - (np.asarray(self.full_value) - self.base_value)).max(initial=0))
-
-
-def _estimate(a: Attribution) -> Estimate:
-    return Estimate(a.values, a.stderr, a.base_value, a.full_value, a.estimator)
-
-
-@patch(as_prop=True)
-def imprecision(self: Attribution) -> float:
-    "The widest half of a 95 % interval over the largest absolute value; 0 where exact (compare `tol`)"
-    return intervals.imprecision(_estimate(self))
-
-
 @patch
 def interval(
     self: Attribution,
@@ -106,13 +111,7 @@ def interval(
     together: bool = False,  # whether the intervals of all players should hold at once
 ) -> tuple[Float[np.ndarray, "player *target"], Float[np.ndarray, "player *target"]]:
     "Lower and upper ends for each player"
-    return intervals.interval(_estimate(self), level=level, together=together)
-
-
-@patch(as_prop=True)
-def ranking(self: Attribution) -> list[int]:
-    "Players by absolute value for the answer, largest first; earlier ones first where equal"
-    return np.argsort(-np.abs(self.main.values), kind="stable").tolist()
+    return intervals.interval(self._estimate(), level=level, together=together)
 
 
 @patch
