@@ -18,11 +18,11 @@ from llm_analysis.explain import evaluator as asking
 from llm_analysis.explain.attribution import explain_text
 from llm_analysis.explain.auto import estimate
 from llm_analysis.explain.custom import Custom
-from llm_analysis.explain.evaluator import Packed, continuations, followed, in_slices
+from llm_analysis.explain.evaluator import Packed, continuations, extended, in_slices
 from llm_analysis.explain.named import VALUES, value_named
 from llm_analysis.explain.outputs import ClassLogits, TokenLogprobs
 from llm_analysis.explain.players import find_players
-from llm_analysis.explain.removal import Delete, Prompts
+from llm_analysis.explain.removal import Attend, Delete, Prompts
 from llm_analysis.explain.shapley import all_coalitions
 from llm_analysis.explain.similarity import Divergence, Similarity, tfidf_cosine
 from llm_analysis.explain.values import (
@@ -434,12 +434,12 @@ def test_places_go_on_where_the_prompt_ends():
     ids, places = [np.array([5, 6]), np.array([5])], [np.array([0, 3]), np.array([0])]
     answers = np.array([[8, 9], [7, 7]])
     for after, ends in ((6, [[6, 7], [6, 7]]), (None, [[4, 5], [1, 2]])):
-        got = followed(Prompts(ids, places, after), answers)
+        got = extended(Prompts(ids, places, after), answers)
         assert [p.tolist() for p in got.ids] == [[5, 6, 8, 9], [5, 7, 7]]
         assert [p[-2:].tolist() for p in got.places] == ends
-        twice = followed(followed(Prompts(ids, places, after), answers[:, :1]), answers[:, 1:])
+        twice = extended(extended(Prompts(ids, places, after), answers[:, :1]), answers[:, 1:])
         assert [p.tolist() for p in twice.places] == [p.tolist() for p in got.places]
-    assert followed(Prompts(ids), answers).places is None
+    assert extended(Prompts(ids), answers).places is None
 
 
 def test_prompts_at_other_places_are_other_prompts(lm):
@@ -454,6 +454,33 @@ def test_prompts_at_other_places_are_other_prompts(lm):
     prompts = Prompts(ids, [np.array(p) for p in ([0, 1], [0, 2], [0, 1])], 3)
     continuations(lm, Placed(lambda x: 40, lm.vocab), prompts, 2)
     assert seen == [[[0, 1], [0, 2]], [[0, 1, 3], [0, 2, 3]]]
+
+
+def test_hidden_words_keep_their_places_for_every_value(lm, players, monkeypatch):
+    "The loop of this file with the positions of the full prompt given to the library by hand"
+    left, n = Attend().prompts(players, all_coalitions(5)), len(players.ids)
+    where = {tuple(ids.tolist()): places.tolist() for ids, places in zip(left.ids, left.places)}
+    assert len(where) == 32
+
+    def placed(lm, ids):
+        ids = list(ids)
+        places = next(where[tuple(ids[:k])] + list(range(n, n + len(ids) - k)) for k in range(len(ids), 0, -1)
+                      if tuple(ids[:k]) in where)  # fmt: skip
+        with torch.inference_mode():
+            out = lm.model(torch.tensor([ids]), position_ids=torch.tensor([places]))
+        return out.logits[0].double()
+
+    some, full = ("raw classes", "odds", "own tokens", "divergence", "similarity"), players.ids.tolist()
+    deleted = {name: np.array([PLAIN[name][1](lm, full, x.tolist()) for x in left]) for name in some}
+    monkeypatch.setitem(globals(), "plain", placed)
+    moved = 0
+    for name in some:
+        evaluator, (value, score) = Packed(lm), PLAIN[name]
+        got = value.settle(lm, evaluator, players).worth(evaluator, left)
+        truth = np.array([score(lm, full, x.tolist()) for x in left])
+        np.testing.assert_allclose(got, truth, rtol=0, atol=1e-4, err_msg=name)
+        moved += np.abs(truth - deleted[name]).max() > 0.01
+    assert moved >= 4, "places that change nothing would prove nothing"
 
 
 # similarity

@@ -89,7 +89,7 @@ def test_a_leak_is_caught(monkeypatch):
 def test_a_lost_window_is_caught(family, monkeypatch):
     "Attention without the window leaks nothing; only the comparison with one by one can see it"
     block = routes._block
-    monkeypatch.setattr(routes, "_block", lambda q, k, v, scale, window, cap: block(q, k, v, scale, None, cap))
+    monkeypatch.setattr(routes, "_block", lambda q, k, v, scale, window, *rest: block(q, k, v, scale, None, *rest))
     proof = routes.prove(open_family(family), "varlen", 32)
     assert not proof.holds and proof.neighbours == 0 and proof.difference > 100 * proof.tolerance
     assert routes.prove(open_family(family), "varlen", WINDOW - 1).holds
@@ -128,7 +128,7 @@ def test_half_precision_is_proven_within_its_own_rounding():
         assert proof.holds and proof.neighbours == 0 and 1e-4 < proof.tolerance < 1, proof
     block = routes._block
     try:
-        routes._block = lambda q, k, v, scale, window, cap: block(q, k, v, scale, 2, cap)
+        routes._block = lambda q, k, v, scale, window, *rest: block(q, k, v, scale, 2, *rest)
         assert not routes.prove(half, "varlen", 32).holds
     finally:
         routes._block = block

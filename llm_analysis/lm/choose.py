@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trial', 'ranking', 'choose']
 
-# %% ../../nbs/lm/26_choose.ipynb #8bb5de7a
+# %% ../../nbs/lm/26_choose.ipynb #562d47b3
 import math
 import time
 import warnings
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from ..core import need
+from ..core import InputError, need
+from .kept import prove_kept
 from .model import LM
 from .plan import ROUTES, Places, Plan, Tokens, plan
-from .routes import REFUSALS, compute, identity, proven
+from .routes import REFUSALS, compute, identity, prove, proven
 
-# %% ../../nbs/lm/26_choose.ipynb #0329f24a
+# %% ../../nbs/lm/26_choose.ipynb #80e4f3b8
 def _spread(work: Plan, lengths: Int[np.ndarray, " batch"], tokens: int) -> Plan:
     "Forwards of a plan from its beginning to its end, about `tokens` useful tokens in all"
     mean = work.useful / len(work.forwards)
@@ -36,6 +37,7 @@ def trial(
     sequences: Sequence[Tokens],
     asked: Sequence[Places],  # positions wanted of each sequence
     *,
+    places: Sequence[Places] | None = None,  # position that each token keeps; None: counted from 0
     tokens: int = 512,  # useful tokens to time each route on, roughly
 ) -> dict[str, float]:  # inf for a route that the model refuses
     "Seconds for each useful token, by route"
@@ -46,7 +48,7 @@ def trial(
         for part in (_spread(work, lengths, tokens) for work in works):
             start = clock()
             try:
-                for _, z in compute(lm, part, sequences, asked):
+                for _, z in compute(lm, part, sequences, asked, places=places):
                     z.flatten()[:1].cpu()  # waits for an accelerator
             except torch.OutOfMemoryError:
                 raise
@@ -55,7 +57,7 @@ def trial(
             best[part.route] = min(best[part.route], (clock() - start) / part.useful)
     return best
 
-# %% ../../nbs/lm/26_choose.ipynb #cde783c5
+# %% ../../nbs/lm/26_choose.ipynb #319882ca
 _SEEN: dict[tuple, int] = {}  # useful tokens so far, by kind of request
 _RANKED: dict[tuple, tuple[str, ...]] = {}
 
@@ -76,27 +78,36 @@ def ranking(
     sequences: Sequence[Tokens],
     asked: Sequence[Places],
     *,
+    places: Sequence[Places] | None = None,  # position that each token keeps; None: counted from 0
     budget: int = 512,  # tokens in a forward
     max_answers: int = 1 << 30,  # answers in a forward
 ) -> tuple[tuple[str, ...], str]:  # routes, best first; `measured` or `preferred`
     "The order in which routes are tried for these sequences"
     lengths, answers = np.array([len(s) for s in sequences]), np.array([len(p) for p in asked])
-    key = (*identity(lm), torch.get_num_threads(), budget, *_kind(lengths))
+    key = (*identity(lm), torch.get_num_threads(), budget, places is None, *_kind(lengths))
     _SEEN[key] = _SEEN.get(key, 0) + int(lengths.sum())
     if key not in _RANKED and _SEEN[key] >= 8 * 2 * len(ROUTES) * budget:
         works = [plan(r, lengths, asked=answers, budget=budget, max_answers=max_answers) for r in ROUTES]
-        seconds = trial(lm, works, sequences, asked, tokens=budget)
+        seconds = trial(lm, works, sequences, asked, places=places, tokens=budget)
         best = min(seconds.values())
         _RANKED[key] = tuple(sorted(ROUTES, key=lambda r: _tenths(seconds[r] / best)))
     return (_RANKED[key], "measured") if key in _RANKED else (ROUTES, "preferred")
 
-# %% ../../nbs/lm/26_choose.ipynb #5f4b0d6a
+# %% ../../nbs/lm/26_choose.ipynb #9716f21c
+def _unproven(lm: LM, route: str, lengths: Int[np.ndarray, " batch"], places: Sequence[Places] | None) -> str:
+    "Why `route` may not be taken for sequences of these lengths; empty where it may"
+    if places is None and route == "single":
+        return ""
+    longest = int(lengths.max()) if places is None else max(int(p[-1]) + 1 for p in places)
+    return proven(lm, route, longest, prove if places is None else prove_kept).reason
+
+
 _TOLD: set[tuple] = set()
 
 
-def _tell(lm: LM, route: str, reason: str, named: bool) -> None:
+def _tell(lm: LM, route: str, reason: str, named: bool, kept: bool) -> None:
     "Say that a route is not taken, once a model, or every time if the caller `named` it"
-    key = (*identity(lm), route)
+    key = (*identity(lm), route, kept)
     if named or key not in _TOLD:
         _TOLD.add(key)
         text = f"{lm.name}: the route {route!r} is not taken: {reason}; another one is used"
@@ -108,13 +119,14 @@ def choose(
     sequences: Sequence[Tokens],
     asked: Sequence[Places],  # positions wanted of each sequence
     *,
+    places: Sequence[Places] | None = None,  # position that each token keeps; None: counted from 0
     route: str = "auto",  # auto, or one of ROUTES
     budget: int = 512,  # tokens in a forward
     max_answers: int = 1 << 30,  # answers in a forward
 ) -> tuple[
     Plan, str
 ]:  # and why: named, too small to prove, preferred or measured; with `instead of …` after a failed proof
-    "The plan by which these sequences are computed"
+    "The plan by which these sequences are computed; `InputError` where places are told to a model that cannot hear them"
     need(route in ("auto", *ROUTES), f"a route of auto, {', '.join(ROUTES)}", got=repr(route), do="name one of these")
     lengths, answers = np.array([len(s) for s in sequences], int), np.array([len(p) for p in asked], int)
     order, why, failed = (route, *(r for r in ROUTES if r != route)), "named", []
@@ -122,14 +134,16 @@ def choose(
         longest, key = int(lengths.max(initial=1)), (*identity(lm), "all")
         _SEEN[key] = _SEEN.get(key, 0) + int(lengths.sum())
         small = len(sequences) < 2 or _SEEN[key] < 20 * longest
-        order, why = ("single",), "too small to prove"
+        order, why = (("single",), "too small to prove") if places is None else (ROUTES, "preferred")
         if not small:
-            order, why = ranking(lm, sequences, asked, budget=budget, max_answers=max_answers)
+            order, why = ranking(lm, sequences, asked, places=places, budget=budget, max_answers=max_answers)
     for r in order:
-        proof = proven(lm, r, int(lengths.max())) if r != "single" and len(lengths) else None
-        if proof is None or proof.holds:
+        reason = _unproven(lm, r, lengths, places) if len(lengths) else ""
+        if not reason:
+            for left in failed:
+                _tell(lm, *left, left[0] == route, places is not None)
             work = plan(r, lengths, asked=answers, budget=budget, max_answers=max_answers)
-            return work, why + (f", instead of {', '.join(failed)}" if failed else "")
-        _tell(lm, r, proof.reason, named=r == route)
-        failed.append(r)
-    raise AssertionError("the route `single` needs no proof")
+            return work, why + (f", instead of {', '.join(left for left, _ in failed)}" if failed else "")
+        failed.append((r, reason))
+    got, fix = f"{lm.name}: {failed[0][1]}", "delete tokens, or replace them, instead"
+    raise InputError(f"expected a model that computes tokens at places of their own; got {got}; {fix}")
