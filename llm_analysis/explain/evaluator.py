@@ -139,7 +139,7 @@ def in_slices(
     "What `reduce` makes of the next token's logits, which are never held for all prompts at once"
     return _sliced(prompts, _most(lm), lambda part: reduce(evaluator.next_logits(part, None)))
 
-# %% ../../nbs/explain/42_evaluator.ipynb #b7ea38aa
+# %% ../../nbs/explain/42_evaluator.ipynb #ce8e827b
 def extended(
     prompts: Prompts,
     said: Int[np.ndarray, "coal tok"],  # token ids
@@ -153,7 +153,7 @@ def extended(
     places = [np.append(p, a + np.arange(count)) for p, a in zip(prompts.places, first)]
     return Prompts(ids, places, None if prompts.after is None else prompts.after + count)
 
-
+# %% ../../nbs/explain/42_evaluator.ipynb #73db24b7
 def continuations(
     lm: LM,
     evaluator: Evaluator,
