@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from llm_analysis.core import InputError
+from llm_analysis.explain.migration import migrate, same_order, sentences
+from llm_analysis.explain.shapley import all_coalitions, exact_values
 from llm_analysis.explain.tokenshap import (
     MOST,
     Asked,
@@ -20,6 +22,7 @@ from llm_analysis.explain.tokenshap import (
     WordSplitter,
     coalitions_asked,
     coalitions_drawn,
+    shifted,
     tokenshap,
 )
 from llm_analysis.explain.values import Packed, greedy
@@ -156,3 +159,57 @@ def test_greedy_is_the_most_probable_token(lm):
     assert Greedy(lm, chat=True, max_tokens=2)(texts[0]) != answer(texts[0])
     with pytest.raises(InputError, match="less than 512 tokens"):
         answer("very " * 600)
+
+
+def test_migration_of_a_known_game(bench):
+    "Exact values beside plain sums over all coalitions, whatever the order in which they were asked for"
+    text = "the soup was late but good"
+    moved = migrate(bench.fake, text, ratio=1.0, seed=3)
+    assert moved.complete and not moved.both.shapley.errors.any()
+    words = text.split()
+    cube = all_coalitions(len(words))
+    said = [bench.fake(" ".join(w for w, stays in zip(words, row) if stays)) for row in cube]
+    worth = TfIdf.fit(moved.theirs.whole, moved.theirs.answers)(said)
+    assert np.abs(moved.both.shapley.values - exact_values(worth)).max() < 1e-12
+    gain = [(worth[cube[:, i]] - worth[~cube[:, i]]).mean() for i in range(len(words))]
+    assert np.abs(moved.both.banzhaf - gain).max() < 1e-12
+    assert (
+        np.abs(moved.left_out - [1 - worth[(cube == (np.arange(6) != i)).all(1)][0] for i in range(6)]).max() < 1e-12
+    )
+    assert np.abs(shifted(moved.both.banzhaf) - moved.theirs.values).max() < 1e-12
+
+
+def test_migration_counts_what_it_asks():
+    seen = []
+    text = " ".join(f"w{i}" for i in range(14))
+    moved = migrate(lambda p: seen.append(p) or f"{p} end", text, ratio=0.01, budget=300, seed=1)
+    assert len(seen) == len(set(seen)) == moved.theirs.prompts + moved.new
+    assert len(moved.both.coal) <= 300 and moved.new == len(moved.both.coal) - moved.shared
+    assert moved.shared >= 1 + 14  # everybody, and everybody but one
+    bill = moved.cost().set_index("method")["prompts sent"]
+    assert bill.sum() == len(seen)
+    assert abs(moved.both.shapley.values.sum() - (moved.both.shapley.full - moved.both.shapley.base)) < 1e-9
+
+
+def test_nothing_stands_in_for_an_empty_prompt():
+    def answer(prompt):
+        assert prompt, "the empty prompt was asked about"
+        return prompt
+
+    moved = migrate(answer, "one two three", nothing="")
+    assert moved.both.shapley.base == 0
+    other = migrate(answer, "one two three", nothing="one two three")
+    change = moved.both.shapley.values - other.both.shapley.values
+    assert np.abs(change - 1 / 3).max() < 1e-12  # the same for all: no ranking depends on it
+
+
+def test_migration_shows_hostile_words_as_text():
+    moved = migrate(lambda p: f"{p} end", "<script>alert(1)</script> \x1b[31mred and more", nothing="")
+    assert "<script" not in moved._repr_html_() and "\x1b" not in repr(moved) + moved._repr_html_()
+    assert len(sentences(moved)) == 5
+
+
+def test_same_order():
+    a = np.array([0.0, 1.0, 2.0])
+    assert same_order(a, 3 * a - 1) == 1 and same_order(a, -a) == 0 and same_order(a, a * 0) == 0.5
+    assert same_order(a * 0, a * 0) == 1
