@@ -86,7 +86,7 @@ def both_values(
     middle = banzhaf(pairs_of(coal, found))
     return Both(shapley, middle.values[:, 0], middle.errors[:, 0], coal)
 
-# %% ../../nbs/explain/50_migration.ipynb #0e63fa26
+# %% ../../nbs/explain/50_migration.ipynb #bd2fe7ff
 def same_order(
     a: Float[np.ndarray, " player"],
     b: Float[np.ndarray, " player"],
@@ -96,7 +96,7 @@ def same_order(
     apart = np.sign((a[i] - a[j]).round(12)) - np.sign((b[i] - b[j]).round(12))
     return float(1 - np.abs(apart).mean() / 2)
 
-
+# %% ../../nbs/explain/50_migration.ipynb #70d75310
 @dataclass(frozen=True, repr=False)
 class Migration:
     "TokenSHAP's values of one prompt beside Shapley, Banzhaf and leave-one-out values"
@@ -173,7 +173,7 @@ def _about_limit(m: Migration) -> str:
         f"{alike:.0%} of the pairs of words in the same order as the Banzhaf values."
     )
 
-# %% ../../nbs/explain/50_migration.ipynb #f960d398
+# %% ../../nbs/explain/50_migration.ipynb #22be1387
 def _about_shapley(m: Migration) -> str:
     alike, errors = same_order(m.theirs.values, m.both.shapley.values), m.both.shapley.errors
     how = f"have a standard error of {errors.max():.3f} at the most" if errors.any() else "are exact"
@@ -191,11 +191,12 @@ def _about_enough(m: Migration) -> str:
     size = m.theirs.coal.sum(1)
     none, low, high = n - 1 - len(np.unique(size)), n // 3 + 1, n - n // 3 - 1
     share = np.sum((size[n:] >= low) & (size[n:] <= high)) / max(own - n, 1)
-    middle = f", and {share:.0%} of those drawn have {low} to {high} words" if own > n else ""
+    spread = [f"{none} of the sizes have none"] * bool(none)
+    spread += [f"{share:.0%} of those drawn have {low} to {high} words"] * (own > n)
     return (
-        f"TokenSHAP's {own:,} coalitions are not enough for Shapley values, which weigh all {n - 1} sizes alike: "
-        f"{none} of the sizes have none{middle}. So {len(m.both.coal):,} that spread over the sizes "
-        f"were looked at; {m.shared:,} of them were known, {m.new:,} prompts were sent."
+        f"TokenSHAP's {own:,} coalitions will not do for Shapley values, which weigh all {n - 1} sizes alike: "
+        f"{' and '.join(spread)}. So {len(m.both.coal):,} that spread over the sizes were looked at; "
+        f"{m.shared:,} of them were known, {m.new:,} prompts were sent."
     )
 
 

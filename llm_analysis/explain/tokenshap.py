@@ -175,7 +175,28 @@ class Embedded:
         alike = dict(zip(texts, (rows @ rows[0]).tolist()))
         return np.array([alike[text] for text in answers], dtype=np.float64)
 
-# %% ../../nbs/explain/49_tokenshap.ipynb #b325b242
+# %% ../../nbs/explain/49_tokenshap.ipynb #f6a01b62
+def _continued(
+    lm: LM,
+    ids: np.ndarray,  # prompts of equal length [batch, tok]
+    max_tokens: int,
+) -> list[str]:
+    "What the model says after each prompt, the most probable token at every step"
+    length, most = ids.shape[1], lm.max_len or 2**31
+    need(length > 0, "a prompt of at least one token", got="none", do="give Greedy a template with words in it")
+    need(length < most, f"a prompt of less than {most} tokens", got=length, do="shorten it")
+    config = getattr(lm.model, "generation_config", None)
+    ends = {lm.tokenizer.eos_token_id}.union(np.ravel(getattr(config, "eos_token_id", None) or []).tolist()) - {None}
+    rows = torch.as_tensor(ids, device=lm.device)
+    plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+    plain |= dict(max_new_tokens=min(max_tokens, most - length), pad_token_id=min(ends, default=0))
+    with torch.inference_mode():
+        out = lm.model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **plain)
+    new = out[:, length:].tolist()
+    ended = [next((i for i, t in enumerate(x) if t in ends), len(x)) for x in new]
+    return [lm.tokenizer.decode(x[: e + 1], skip_special_tokens=True).strip() for x, e in zip(new, ended)]
+
+# %% ../../nbs/explain/49_tokenshap.ipynb #8e279b27
 class Greedy:
     "Answers of a local model, the most probable token at every step"
 
@@ -190,15 +211,13 @@ class Greedy:
     ):
         self.lm, self.chat, self.max_tokens, self.rows = lm, chat, max_tokens, rows
         self.around = surroundings(lm.tokenizer, prompt, chat)
-        config = getattr(lm.model, "generation_config", None)
-        self.ends = {lm.tokenizer.eos_token_id}.union(np.ravel(getattr(config, "eos_token_id", None) or []).tolist())
 
     def __call__(self, text: str) -> str:
         "The answer to one prompt"
         return self.many([text])[0]
 
     def many(self, texts: Sequence[str]) -> list[str]:
-        "The answers to many"
+        "The answers to many prompts"
         before, after = self.around
         ids = [tokenise(self.lm.tokenizer, before + t + after, not self.chat)[0] for t in texts]
         said: list[str] = [""] * len(ids)
@@ -206,27 +225,11 @@ class Greedy:
             alike = [i for i, x in enumerate(ids) if len(x) == length]
             for at in range(0, len(alike), self.rows):
                 some = alike[at : at + self.rows]
-                for i, answer in zip(some, self._answers(np.stack([ids[i] for i in some]))):
+                for i, answer in zip(some, _continued(self.lm, np.stack([ids[i] for i in some]), self.max_tokens)):
                     said[i] = answer
         return said
 
-    def _answers(self, ids: np.ndarray) -> list[str]:
-        length, most = ids.shape[1], self.lm.max_len or 2**31
-        need(length > 0, "a prompt of at least one token", got="none", do="give Greedy a template with words in it")
-        need(length < most, f"a prompt of less than {most} tokens", got=length, do="shorten it")
-        rows = torch.as_tensor(ids, device=self.lm.device)
-        plain = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
-        pad = min((e for e in self.ends if e is not None), default=0)
-        room = min(self.max_tokens, most - length)
-        with torch.inference_mode():
-            out = self.lm.model.generate(
-                input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=room, pad_token_id=pad, **plain
-            )
-        new = out[:, length:].tolist()
-        ended = [next((i for i, t in enumerate(x) if t in self.ends), len(x)) for x in new]
-        return [self.lm.tokenizer.decode(x[: e + 1], skip_special_tokens=True).strip() for x, e in zip(new, ended)]
-
-# %% ../../nbs/explain/49_tokenshap.ipynb #a30559fe
+# %% ../../nbs/explain/49_tokenshap.ipynb #fb6eee45
 class Asked:
     "A function from prompts to answers that is asked about each different prompt once"
 
