@@ -229,7 +229,7 @@ class Greedy:
                     said[i] = answer
         return said
 
-# %% ../../nbs/explain/49_tokenshap.ipynb #fb6eee45
+# %% ../../nbs/explain/49_tokenshap.ipynb #c24cfd11
 class Asked:
     "A function from prompts to answers that is asked about each different prompt once"
 
@@ -248,7 +248,7 @@ class Asked:
         self.known.update(zip(new, said))
         return [self.known[t] for t in texts]
 
-
+# %% ../../nbs/explain/49_tokenshap.ipynb #256b864d
 @dataclass(frozen=True, repr=False)
 class TokenShap:
     "What TokenSHAP 0.2.2 says about one prompt"
