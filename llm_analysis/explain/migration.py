@@ -173,7 +173,7 @@ def _about_limit(m: Migration) -> str:
         f"{alike:.0%} of the pairs of words in the same order as the Banzhaf values."
     )
 
-# %% ../../nbs/explain/50_migration.ipynb #22be1387
+# %% ../../nbs/explain/50_migration.ipynb #84d5f3ea
 def _about_shapley(m: Migration) -> str:
     alike, errors = same_order(m.theirs.values, m.both.shapley.values), m.both.shapley.errors
     how = f"have a standard error of {errors.max():.3f} at the most" if errors.any() else "are exact"
@@ -192,7 +192,8 @@ def _about_enough(m: Migration) -> str:
     none, low, high = n - 1 - len(np.unique(size)), n // 3 + 1, n - n // 3 - 1
     share = np.sum((size[n:] >= low) & (size[n:] <= high)) / max(own - n, 1)
     spread = [f"{none} of the sizes have none"] * bool(none)
-    spread += [f"{share:.0%} of those drawn have {low} to {high} words"] * (own > n)
+    between = f"{low} to {high}" if low < high else str(low)
+    spread += [f"{share:.0%} of those drawn have {between} words"] * (own > n)
     return (
         f"TokenSHAP's {own:,} coalitions will not do for Shapley values, which weigh all {n - 1} sizes alike: "
         f"{' and '.join(spread)}. So {len(m.both.coal):,} that spread over the sizes were looked at; "
