@@ -47,9 +47,10 @@ def tiny_tables() -> dict[str, np.ndarray]:
 
     from llm_analysis.data import open_rows
     from llm_analysis.explain.attribution import Game
+    from llm_analysis.explain.evaluator import Packed
     from llm_analysis.explain.players import find_players
     from llm_analysis.explain.shapley import all_coalitions
-    from llm_analysis.explain.values import AnswerLogprob, LabelMargin, Packed
+    from llm_analysis.explain.values import AnswerLogprob, LabelMargin
     from llm_analysis.lm.model import load
 
     torch.set_num_threads(1)

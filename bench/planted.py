@@ -29,7 +29,7 @@ def main(rows: int = 200, model: str = "tiny") -> bool:
         "highest-ranked word is planted: leave-one-out": f"{hits.leave_one_out:.1%}",
         "highest-ranked word is planted: random pick (expected)": f"{hits.random:.1%}",
         "rows exact, sampled": f"{exact}, {len(done) - exact}",
-        "largest, mean efficiency gap (nats)": f"{found.gap:.1e}, {np.mean([a.gap for a in done]):.1e}",
+        "largest, mean efficiency gap (nats)": f"{found.gap:.1e}, {np.mean([a.efficiency_gap for a in done]):.1e}",
         "evaluations, different prompts": f"{sum(a.evaluations for a in done):,}, {sum(a.prompts for a in done):,}",
         "tokens computed": f"{sum(a.computed for a in done):,}",
         "wall time, one thread": f"{found.seconds:.1f} s ({1000 * found.seconds / len(done):.0f} ms a review)",

@@ -216,7 +216,7 @@ def test_one_line_signature_gives_its_comment_to_the_result():
         ("`f(x)` [`need`](x.md)", "`f(x)` [`need`](x.md)"),
         ("```\n`explain_text`\n```", "```\n`explain_text`\n```"),
         ("# `explain_text`", "# `explain_text`"),
-        ("[P](explain/42_players.ipynb#limits)", "[P](explain/players.md#limits)"),
+        ("[P](explain/40_players.ipynb#limits)", "[P](explain/players.md#limits)"),
         ("[P](https://x.org/a.ipynb)", "[P](https://x.org/a.ipynb)"),
     ],
 )

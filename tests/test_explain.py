@@ -13,19 +13,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_analysis.core import InputError
 from llm_analysis.explain.attribution import Game, attribute, check_length, explain_text
-from llm_analysis.explain.players import delete, find_players, owners
+from llm_analysis.explain.auto import fewest, sampler_for
+from llm_analysis.explain.evaluator import Packed
+from llm_analysis.explain.players import find_players, owners
+from llm_analysis.explain.removal import Delete
 from llm_analysis.explain.shapley import (
     Antithetic,
     Exact,
     all_coalitions,
-    choose_sampler,
     exact_values,
     leave_one_out,
     marginals,
     prefixes,
     shapley,
 )
-from llm_analysis.explain.values import AnswerLogprob, LabelMargin, Packed
+from llm_analysis.explain.values import AnswerLogprob, LabelMargin
 from llm_analysis.lm.model import load
 
 torch.set_num_threads(1)  # these models are too small to share
@@ -184,14 +186,15 @@ def test_prefixes_and_marginals_agree():
 @given(st.integers(1, 60), st.integers(1, 3000))
 @settings(max_examples=60, deadline=None)
 def test_a_budget_is_kept(n, budget):
-    if budget < min(2**n, 4 * n - 2):
-        with pytest.raises(InputError, match="budget of at least"):
-            choose_sampler(n, budget)
-        return
-    sampler = choose_sampler(n, budget)
-    assert isinstance(sampler, Exact) == (2**n <= budget)
-    if isinstance(sampler, Antithetic):
-        assert len(np.unique(sampler.coalitions(n, lambda k: np.random.default_rng(k)), axis=0)) <= budget
+    for estimator in ("auto", "permutation"):
+        if budget < fewest(n, estimator):
+            with pytest.raises(InputError, match="budget of at least"):
+                sampler_for(n, budget, estimator)
+            continue
+        sampler = sampler_for(n, budget, estimator)
+        assert isinstance(sampler, Exact) == (2**n <= budget)
+        if not isinstance(sampler, Exact):
+            assert len(np.unique(sampler.coalitions(n, lambda k: np.random.default_rng(k)), axis=0)) <= budget
 
 
 @pytest.mark.parametrize("style", ["bytes", "spaces"])
@@ -217,7 +220,7 @@ def test_a_token_of_two_words_goes_to_the_one_with_more_of_it():
 
 def test_deletion_drops_ids_and_nothing_else():
     p = find_players(tokenizer(), TEXTS[0], prompt=PROMPT)
-    for row, left in zip(all_coalitions(7), delete(p, all_coalitions(7))):
+    for row, left in zip(all_coalitions(7), Delete().prompts(p, all_coalitions(7))):
         assert left.tolist() == [i for i, o in zip(p.ids.tolist(), p.owner.tolist()) if o < 0 or row[o]]
 
 
@@ -268,8 +271,8 @@ def test_margin_through_the_model(lm, chat):
         lm, players, lambda x: sign * (plain(lm, x)[-1, ids[0][0]] - plain(lm, x)[-1, ids[1][0]]).item()
     )
     np.testing.assert_allclose(a.values, truth, atol=1e-5)
-    np.testing.assert_allclose([a.base, a.full], [worth([False] * 6), worth([True] * 6)], atol=1e-5)
-    assert a.full >= 0 and a.gap < 1e-9
+    np.testing.assert_allclose([a.base_value, a.full_value], [worth([False] * 6), worth([True] * 6)], atol=1e-5)
+    assert a.full_value >= 0 and a.efficiency_gap < 1e-9
 
 
 def test_long_labels_through_the_model(lm):
@@ -298,7 +301,7 @@ def test_free_answers_through_the_model(lm):
     if len(players) <= 8:
         truth, _ = from_the_model(lm, players, lambda x: summed(lm, x, answer))
         np.testing.assert_allclose(a.values, truth, atol=1e-5)
-    assert abs(a.full - summed(lm, ids, answer)) < 1e-5
+    assert abs(a.full_value - summed(lm, ids, answer)) < 1e-5
 
 
 class OneByOne:
@@ -322,7 +325,7 @@ def test_the_packed_path_against_one_by_one(lm):
     fast, slow = explain_text(lm, long, **kind), explain_text(lm, long, evaluator=OneByOne(lm), **kind)
     assert not fast.exact and fast.evaluations == slow.evaluations
     np.testing.assert_allclose(fast.values, slow.values, atol=1e-5)
-    np.testing.assert_allclose(fast.errors, slow.errors, atol=1e-5)
+    np.testing.assert_allclose(fast.stderr, slow.stderr, atol=1e-5)
 
 
 def test_equal_prompts_are_computed_once(lm):
@@ -363,9 +366,9 @@ def test_labels_that_melt_into_the_prompt_are_refused(lm):
 
 def test_no_players_and_one(lm):
     none = explain_text(lm, " ", prompt=PROMPT, labels=LABELS)
-    assert none.players == () and none.base == none.full and "<svg" not in none._repr_html_()
+    assert none.players == () and none.base_value == none.full_value and "<svg" not in none._repr_html_()
     one = explain_text(lm, "good", prompt=PROMPT, labels=LABELS)
-    assert one.values[0] == one.full - one.base and repr(one).count("\n") == 2
+    assert one.values[0] == one.full_value - one.base_value and repr(one).count("\n") == 2
     assert explain_text(lm, "good", labels=LABELS).players == ("good",)  # nothing pinned: the begin mark
 
 

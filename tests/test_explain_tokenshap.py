@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_analysis.core import InputError
+from llm_analysis.explain.evaluator import Packed
 from llm_analysis.explain.migration import migrate, same_order, sentences
 from llm_analysis.explain.shapley import all_coalitions, exact_values
 from llm_analysis.explain.tokenshap import (
@@ -25,7 +26,7 @@ from llm_analysis.explain.tokenshap import (
     shifted,
     tokenshap,
 )
-from llm_analysis.explain.values import Packed, greedy
+from llm_analysis.explain.values import greedy
 from llm_analysis.lm.model import load
 
 torch.set_num_threads(1)

@@ -403,11 +403,13 @@ def test_a_private_cluster_is_shut_and_leaves_nothing(home, number):
         assert "Unauthenticated: RPC error: InvalidAuthToken" in line
     family_then = family(driver.pid)
     os.killpg(driver.pid, number)
-    assert driver.wait(30) == 5 and len(token) == 64 and not written
+    assert driver.wait(60) == 5, (home / "said").read_text()[-3000:]
+    assert len(token) == 64 and not written
     wait_for(lambda: not any(map(alive, family_then.values())), 30)
     assert not list((home / "user").iterdir()) and not list((home / "tmp").glob("ray-*"))
     assert token.decode() not in (home / "said").read_text()
-    assert sum(p.num_rows for f in (home / "out" / "data").iterdir() for p in [pq.read_metadata(f)]) == count(home)
+    kept = sum(pq.read_metadata(f).num_rows for f in (home / "out" / "data").iterdir())
+    assert 0 <= count(home) - kept <= (0 if number == signal.SIGINT else 3 * (64 + 32))  # SIGTERM ends Ray, too
 
 
 @pytest.mark.slow

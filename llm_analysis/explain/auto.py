@@ -124,7 +124,7 @@ def sampler_for(
         return Antithetic((evaluations - 2) // (2 * n - 2))
     return Paired((evaluations - 2) // 2, estimator)
 
-# %% ../../nbs/explain/43_auto.ipynb #c1d46299
+# %% ../../nbs/explain/43_auto.ipynb #92c32b77
 class Played:
     "A game that evaluates no coalition twice"
 
@@ -141,7 +141,7 @@ class Played:
         self.known = [np.concatenate(self.known)]
         return self.known[0][[self.place[key] for key in keys]]
 
-
+# %% ../../nbs/explain/43_auto.ipynb #d5fb2f9e
 def planned(
     n: int,  # players
     *,
@@ -159,7 +159,7 @@ def planned(
 
 
 def estimate(
-    worth: Worth,  # the game; called with new coalitions, all of a stage at once
+    worth: Worth,  # the game; called with new coalitions, all of a stage at once. A `Played` one remembers
     n: int,  # players
     *,
     estimator: str = "auto",  # one of `ESTIMATORS`
@@ -171,7 +171,8 @@ def estimate(
 ) -> Estimate:
     "Shapley values of one game, with errors, from as few evaluations as will do"
     need(tol is None or tol > 0, "a tol above 0", got=tol, do="write 0.1 for a tenth of the largest value")
-    began, game, staged = time.monotonic(), Played(worth), tol is not None or time_budget is not None
+    began, staged = time.monotonic(), tol is not None or time_budget is not None
+    game = worth if isinstance(worth, Played) else Played(worth)
     for size in planned(n, estimator=estimator, budget=budget, staged=staged):
         sampler = sampler_for(n, size, estimator)
         coal = sampler.coalitions(n, lambda k: stream(seed, row_id, f"explain: walk {k}"))

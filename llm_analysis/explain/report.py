@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALUES', 'SAMPLES', 'SHOWN', 'tables', 'versions', 'article', 'report', 'write']
 
-# %% ../../nbs/explain/46_report.ipynb #c9a39b38
+# %% ../../nbs/explain/46_report.ipynb #91f8c549
 import json
 import platform
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .attribution import coloured, named, signed, whiskers
+from .result import coloured, named, signed, whiskers
 from .summary import Sample
 from ..text import visible_line
 from ..viz import page
 
-# %% ../../nbs/explain/46_report.ipynb #dbe7f581
+# %% ../../nbs/explain/46_report.ipynb #93b7a173
 VALUES = pa.schema([
     ("row", pa.int64()),  # position in the data set
     ("player", pa.int32()),  # position in the text, from 0
     ("text", pa.string()),  # the word or token
     ("start", pa.int32()), ("end", pa.int32()),  # its characters [start, end) in the row's text
     ("value", pa.float64()),  # Shapley value, nats
-    ("error", pa.float64()),  # standard error, nats; 0 where exact
+    ("stderr", pa.float64()),  # standard error, nats; 0 where exact
     ("rank", pa.int32()),  # 1: largest absolute value
     ("leave_one_out", pa.float64()),  # nats; null where it was not asked for
     ("planted", pa.bool_()),  # null where the data set does not know
@@ -37,27 +37,29 @@ VALUES = pa.schema([
 SAMPLES = pa.schema([
     ("row", pa.int64()), ("text", pa.string()), ("answer", pa.string()), ("label", pa.string()),
     ("right", pa.bool_()), ("players", pa.int32()),
-    ("base", pa.float64()), ("full", pa.float64()), ("gap", pa.float64()),  # nats; gap: |sum - (full - base)|
-    ("method", pa.string()), ("evaluations", pa.int64()), ("prompts", pa.int64()), ("tokens", pa.int64()),
+    ("base_value", pa.float64()), ("full_value", pa.float64()),  # worth without the text and with it
+    ("efficiency_gap", pa.float64()),  # |sum of values - (full_value - base_value)|
+    ("estimator", pa.string()), ("evaluations", pa.int64()), ("prompts", pa.int64()), ("tokens", pa.int64()),
 ])  # fmt: skip
 
-# %% ../../nbs/explain/46_report.ipynb #b4193d2f
+# %% ../../nbs/explain/46_report.ipynb #9f6594c5
 def _players(s: Sample) -> list[dict]:
     a, n = s.attribution, len(s.attribution.players)
     rank = np.empty(n, dtype=int)
     rank[a.ranking] = np.arange(1, n + 1)
     loo = [None] * n if s.leave_one_out is None else s.leave_one_out.tolist()
     known = s.planted or [None] * n
-    columns = zip(a.players, a.spans, a.values.tolist(), a.errors.tolist(), rank.tolist(), loo, known)
+    columns = zip(a.players, a.spans, a.values.tolist(), a.stderr.tolist(), rank.tolist(), loo, known)
     return [
-        dict(row=s.row, player=i, text=w, start=b, end=e, value=v, error=x, rank=r, leave_one_out=l, planted=p)
+        dict(row=s.row, player=i, text=w, start=b, end=e, value=v, stderr=x, rank=r, leave_one_out=l, planted=p)
         for i, (w, (b, e), v, x, r, l, p) in enumerate(columns)
     ]
 
 
 def _row(s: Sample) -> dict:
     a = s.attribution
-    measured = dict(players=len(a.players), base=a.base, full=a.full, gap=a.gap, method=a.method)
+    ends = dict(base_value=a.base_value, full_value=a.full_value, efficiency_gap=a.efficiency_gap)
+    measured = dict(players=len(a.players), **ends, estimator=a.estimator)
     spent = dict(evaluations=a.evaluations, prompts=a.prompts, tokens=a.computed)
     return dict(row=s.row, text=a.text, answer=a.answer, label=s.label, right=s.right, **measured, **spent)
 
@@ -77,7 +79,7 @@ def versions() -> dict[str, str]:
     names = ("llm-analysis-lab", "torch", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
-# %% ../../nbs/explain/46_report.ipynb #42e83329
+# %% ../../nbs/explain/46_report.ipynb #0b9892b6
 def article(
     s: Sample,
     *,
@@ -96,13 +98,13 @@ def article(
     lines = [f"largest: {named(a, top_k)}" if a.players else "no players"]
     lines += [f"planted: {', '.join(known)}"] if known else []
     lines += [
-        f"{signed(a.base)} without the text, {signed(a.full)} with it; {a.method}, {a.evaluations:,} evaluations"
+        f"{signed(a.base_value)} without the text, {signed(a.full_value)} with it; {a.estimator}, {a.evaluations:,} evaluations"
     ]
     small = "<br>".join(map(escape, lines))
     head = f"<h2>{s.row}. {escape(visible_line(a.answer) or '(nothing)')}{escape(truth)}</h2>"
     return f'<article>{head}<p>{coloured(a, vmax=vmax)}</p><p class="quiet">{small}</p>{whiskers(a, vmax=reach)}</article>'
 
-# %% ../../nbs/explain/46_report.ipynb #9f57653b
+# %% ../../nbs/explain/46_report.ipynb #0c7c4d78
 SHOWN = 200  # samples on a page at the most; the tables hold all
 
 
@@ -128,7 +130,7 @@ def report(
     figures = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts)
     done = [s.attribution for s in samples]
     vmax = max((float(np.abs(a.values).max(initial=0)) for a in done), default=1.0) or 1.0
-    reach = max((float((np.abs(a.values) + 1.96 * a.errors).max(initial=0)) for a in done), default=1.0) or 1.0
+    reach = max((float((np.abs(a.values) + 1.96 * a.stderr).max(initial=0)) for a in done), default=1.0) or 1.0
     body = "".join(article(s, vmax=vmax, reach=reach, top_k=top_k) for s in samples[:SHOWN])
     more = f"<p>{len(samples) - SHOWN:,} more rows are in samples.parquet.</p>" if len(samples) > SHOWN else ""
     unit = samples[0].attribution.unit if samples else "nats"

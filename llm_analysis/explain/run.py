@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'check_rows', 'finish', 'run']
 
-# %% ../../nbs/explain/48_run.ipynb #2d4a1e44
+# %% ../../nbs/explain/48_run.ipynb #bae6db57
 import os
 import sys
 import tempfile
@@ -20,7 +20,6 @@ from ..data import Rows, check_lengths, open_rows
 from .attribution import check_length
 from .players import check_request
 from .report import report, versions, write
-from .shapley import choose_sampler
 from .step import Ask, Explain, Sizes, sample_of
 from .summary import Summary, facts
 from .values import AnswerLogprob, LabelMargin
@@ -30,7 +29,7 @@ from ..jobs.job import JobOptions
 from ..jobs.results import open_results
 from ..lm.model import LM, load
 
-# %% ../../nbs/explain/48_run.ipynb #9fa41329
+# %% ../../nbs/explain/48_run.ipynb #d82c0658
 def check_rows(
     lm: LM,
     rows: Rows,
@@ -49,7 +48,7 @@ def check_rows(
             continue
         fix = "shorten the text, or leave such rows out with --max-seq-len"
         need(not wrong, "texts that fit into the model's context", got=f"row {i}: {wrong}", do=fix, error=WorldError)
-        choose_sampler(len(found), ask.budget)
+        ask.stages(len(found))
     some = len(left_out) < len(sizes)
     need(some, "a row to explain", got=f"{len(left_out)} over {limit} tokens", do="raise --max-seq-len")
     return Sizes(*np.array(sizes, dtype=np.int64).T, left_out)
@@ -83,7 +82,13 @@ def finish(
             os.replace(made, done.folder / made.name)
     return summary
 
-# %% ../../nbs/explain/48_run.ipynb #365a72f5
+# %% ../../nbs/explain/48_run.ipynb #c6d2d12d
+def _place(output_dir: str | os.PathLike, top_k: int) -> None:
+    "What can be seen to be wrong before anything is opened"
+    need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
+    holder(output_dir)  # refuses what is no run's
+
+
 def _opened(dataset: str, length_column: str | None, **source: str | int | None) -> Rows:
     "The rows, checked; what was chosen for the caller is said aloud"
     rows = open_rows(dataset, **source)
@@ -100,12 +105,12 @@ def _asked(
     chat: bool,
     players: str,
     answer_tokens: int,
-) -> tuple[str, LabelMargin | AnswerLogprob]:
+) -> tuple[str, str, LabelMargin | AnswerLogprob]:  # the text's column, too
     "The template around each text, and what is measured behind it; refuses what is wrong with either"
     template = prompt if prompt is not None else rows.prompt
     check_request(template, players)
     words = tuple(label_words) if label_words else rows.labels
-    return template, LabelMargin(words, chat) if words else AnswerLogprob(answer_tokens)
+    return rows.text_column, template, LabelMargin(words, chat) if words else AnswerLogprob(answer_tokens)
 
 # %% ../../nbs/explain/48_run.ipynb #d921f16a
 ROWS = 8  # rows of a batch: each is a game of its own, so more would only make stopping slower
@@ -118,7 +123,7 @@ def _work(rows: Rows, step: Explain, folder: str | os.PathLike, jobs: JobOptions
     options = replace(jobs, batch_tokens=1 << 20, max_batch_size=jobs.max_batch_size or ROWS)
     return job.Job(data, step, output_dir=folder, options=options, devices=devices).run()
 
-# %% ../../nbs/explain/48_run.ipynb #260581b1
+# %% ../../nbs/explain/48_run.ipynb #7cf6f032
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -134,7 +139,10 @@ def run(
     max_samples: int | None = None,  # explain at most this many rows
     max_seq_len: int | None = None,  # leave out rows of more tokens, prompt and answer included
     route: str = "auto",  # how batches are laid out; auto: measured. A named one, such as padded, repeats bit by bit
-    budget: int | None = None,  # evaluations a row; None: exact up to 12 players, above that 32 for each player
+    estimator: str = "auto",  # auto, exact, permutation, process, leverage, trees, reuse or sparse
+    tol: float | None = None,  # stop when a row's widest 95 % half-interval is this share of its largest value
+    budget: int | None = None,  # evaluations a row; None, and no tol: all up to 12 players, else 32 for each
+    time_budget: float | None = None,  # seconds a row
     answer_tokens: int = 8,  # longest answer, in tokens, where there are no label words
     seed: int = 0,  # seed of the random orders
     device: str = "auto",  # auto, cpu, mps, cuda or cuda:N
@@ -143,15 +151,14 @@ def run(
     jobs: JobOptions = JobOptions(),  # how the work is cut, spread and stopped
 ) -> Summary | job.Summary:  # of the explanations; of the job where rows are left
     "Explain a data set's rows: which words moved the model's answer, how much, and how sure that is"
-    need(top_k >= 1, "top_k of at least 1", got=top_k, do="raise it")
-    holder(output_dir)  # refuses what is no run's
+    _place(output_dir, top_k)
     source = dict(split=split, text_column=text_column, max_samples=max_samples, model=model)
     rows = _opened(dataset, jobs.length_column, **source)
-    template, value = _asked(rows, prompt, label_words, chat, players, answer_tokens)
+    asked = _asked(rows, prompt, label_words, chat, players, answer_tokens)
     lm = load(rows.model, device=device, dtype=dtype, revision=revision)
-    own = dict(chat=chat, unit=players, max_seq_len=max_seq_len, budget=budget, seed=seed, route=route)
-    columns = (rows.text_column, template, value, rows.label_column, rows.planted_column)
-    ask = Ask(*columns, batch_tokens=jobs.batch_tokens, **own)
+    effort = dict(estimator=estimator, tol=tol, budget=budget, time_budget=time_budget)
+    own = dict(chat=chat, unit=players, max_seq_len=max_seq_len, **effort, seed=seed, route=route)
+    ask = Ask(*asked, rows.label_column, rows.planted_column, batch_tokens=jobs.batch_tokens, **own)
     step = Explain(lm, ask, rows.model, check_rows(lm, rows, ask), dtype, (rows.name, rows.split))
     devices = "auto" if device == "auto" and jobs.num_workers > 1 else [str(lm.device)]
     done = _work(rows, step, output_dir, jobs, devices)

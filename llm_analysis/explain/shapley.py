@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Worth', 'EXACT_PLAYERS', 'PAIRS', 'all_coalitions', 'exact_values', 'prefixes', 'marginals', 'Estimate', 'worth_of',
-           'Sampler', 'Exact', 'Antithetic', 'shapley', 'choose_sampler', 'leave_one_out']
+           'Sampler', 'Exact', 'Antithetic', 'shapley', 'leave_one_out']
 
 # %% ../../nbs/explain/41_shapley.ipynb #ece78e5b
 from collections.abc import Callable
@@ -152,25 +152,9 @@ def shapley(
     coal = sampler.coalitions(n, lambda k: stream(seed, row_id, f"explain: walk {k}"))
     return sampler.estimate(coal, np.asarray(worth(coal), dtype=np.float64))
 
-# %% ../../nbs/explain/41_shapley.ipynb #e8738e25
+# %% ../../nbs/explain/41_shapley.ipynb #71d74bfa
 EXACT_PLAYERS = 12  # 4,096 coalitions
-PAIRS = 16
-
-
-def choose_sampler(
-    n: int,  # players
-    budget: int
-    | None = None,  # different coalitions to evaluate at the most; None: exact up to 12 players, else 16 pairs
-) -> Sampler:
-    "Exact where it can be afforded, antithetic pairs elsewhere; `InputError` where not even two pairs fit"
-    if n <= EXACT_PLAYERS if budget is None else 2**n <= budget:
-        return Exact()
-    if budget is None:
-        return Antithetic(PAIRS)
-    least = min(2**n, 4 * n - 2)
-    fix = f"allow {least} evaluations, or explain shorter texts"
-    need(budget >= least, f"a budget of at least {least} evaluations for {n} players", got=budget, do=fix)
-    return Antithetic((budget - 2) // (2 * n - 2))
+PAIRS = 16  # of orders, where nothing else was asked for: 2 + 32 (n - 1) different coalitions
 
 # %% ../../nbs/explain/41_shapley.ipynb #4bdf0935
 def leave_one_out(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'Ask', 'known_label', 'known_planted', 'explain_row', 'record', 'sample_of', 'Sizes', 'Explain']
 
-# %% ../../nbs/explain/47_step.ipynb #cb4bde13
+# %% ../../nbs/explain/47_step.ipynb #7b4c1d21
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,15 +15,18 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from ..core import WorldError, need
-from .attribution import Attribution, Game, attribute
+from .attribution import Game, attribute
+from .auto import planned
+from .evaluator import Packed
 from .players import Players, find_players
-from .shapley import EXACT_PLAYERS, PAIRS, leave_one_out
+from .result import Attribution
+from .shapley import leave_one_out
 from .summary import Sample
-from .values import AnswerLogprob, LabelMargin, Packed
+from .values import AnswerLogprob, LabelMargin
 from ..jobs.step import Step
 from ..lm.model import LM, Words, load, load_tokenizer
 
-# %% ../../nbs/explain/47_step.ipynb #5970c58d
+# %% ../../nbs/explain/47_step.ipynb #de240229
 @dataclass(frozen=True)
 class Ask:
     "What is asked about each row of a data set, and how"
@@ -36,7 +39,10 @@ class Ask:
     chat: bool = False  # the filled template is the user's turn of a chat
     unit: str = "words"  # or tokens
     max_seq_len: int | None = None  # tokens; longer rows are left out
+    estimator: str = "auto"  # see `explain.auto`
+    tol: float | None = None  # widest half of a 95 % interval, as a share of a row's largest value
     budget: int | None = None  # different coalitions of a row at the most
+    time_budget: float | None = None  # seconds a row
     seed: int = 0
     batch_tokens: int | None = None  # tokens computed at once
     route: str = "auto"  # how `lm.packing` lays them out
@@ -48,6 +54,14 @@ class Ask:
     ) -> Players:
         "The players of one text"
         return find_players(lm.tokenizer, text, prompt=self.prompt, chat=self.chat, unit=self.unit)
+
+    def stages(
+        self,
+        n: int,  # players
+    ) -> list[int]:
+        "Evaluations after which a row of `n` players may be done; `InputError` where the budget is too small"
+        staged = self.tol is not None or self.time_budget is not None
+        return planned(n, estimator=self.estimator, budget=self.budget, staged=staged)
 
 # %% ../../nbs/explain/47_step.ipynb #bd0423b3
 def known_label(
@@ -70,7 +84,7 @@ def known_planted(
     spans = [words.spans[p] for p in positions]
     return tuple(any(a < d and c < b for c, d in spans) for a, b in found.spans)
 
-# %% ../../nbs/explain/47_step.ipynb #7aef6cbd
+# %% ../../nbs/explain/47_step.ipynb #2baa1269
 def explain_row(
     lm: LM,
     row: dict,  # of the data set, with its id as `index`
@@ -79,7 +93,8 @@ def explain_row(
     "The attribution of one row, beside what the data set knows about it"
     found, labels = ask.players(lm, row[ask.text_column]), getattr(ask.value, "labels", ())
     game = Game(lm, found, ask.value, Packed(lm, batch_tokens=ask.batch_tokens, route=ask.route))
-    a = attribute(game, budget=ask.budget, seed=ask.seed, row_id=row["index"])
+    how = dict(estimator=ask.estimator, tol=ask.tol, budget=ask.budget, time_budget=ask.time_budget)
+    a = attribute(game, **how, seed=ask.seed, row_id=row["index"])
     label = known_label(row.get(ask.label_column), labels) if ask.label_column else None
     words = found if found.unit == "words" else find_players(lm.tokenizer, found.text, prompt="a {text}")
     planted = known_planted(row.get(ask.planted_column), found, words) if ask.planted_column else None
@@ -87,21 +102,24 @@ def explain_row(
     right = None if label is None else a.choice == label
     return Sample(row["index"], a, None if label is None else labels[label].strip(), right, planted, loo)
 
-# %% ../../nbs/explain/47_step.ipynb #3acc6c5f
+# %% ../../nbs/explain/47_step.ipynb #0c36d229
 RECORD = pa.schema([
     ("index", pa.int64()), ("text", pa.string()), ("answer", pa.string()), ("choice", pa.int32()),
     ("label", pa.string()), ("right", pa.bool_()),
-    ("base", pa.float64()), ("full", pa.float64()), ("unit", pa.string()), ("method", pa.string()),
+    ("base_value", pa.float64()), ("full_value", pa.float64()), ("unit", pa.string()), ("estimator", pa.string()),
     ("evaluations", pa.int64()), ("prompts", pa.int64()), ("computed", pa.int64()),
-    ("seed", pa.int64()), ("model", pa.string()),
+    ("seed", pa.int64()), ("model", pa.string()), ("removal", pa.string()),
     ("players", pa.list_(pa.string())), ("start", pa.list_(pa.int32())), ("end", pa.list_(pa.int32())),
-    ("values", pa.list_(pa.float64())), ("errors", pa.list_(pa.float64())),  # nats
+    ("values", pa.list_(pa.float64())), ("stderr", pa.list_(pa.float64())),  # in `unit`
     ("planted", pa.list_(pa.bool_())), ("leave_one_out", pa.list_(pa.float64())),  # null where not known
 ])  # fmt: skip
-_SAME = ("text", "answer", "choice", "base", "full", "unit", "method", "evaluations", "prompts", "computed", "seed")
-_LISTS = ("players", "values", "errors")
+_SAME = (
+    "text", "answer", "choice", "base_value", "full_value", "unit", "estimator", "evaluations", "prompts", "computed",
+    "seed", "model", "removal",
+)  # fmt: skip
+_LISTS = ("players", "values", "stderr")
 
-# %% ../../nbs/explain/47_step.ipynb #96514d97
+# %% ../../nbs/explain/47_step.ipynb #43d15ceb
 def record(
     s: Sample,
 ) -> dict:  # a row of the schema RECORD
@@ -111,7 +129,7 @@ def record(
     places = dict(start=[b for b, _ in a.spans], end=[e for _, e in a.spans])
     known = dict(label=s.label, right=s.right, planted=None if s.planted is None else list(s.planted))
     loo = None if s.leave_one_out is None else s.leave_one_out.tolist()
-    same = {name: getattr(a, name) for name in (*_SAME, "model")}
+    same = {name: getattr(a, name) for name in _SAME}
     return dict(index=s.row, **same, **lists, **places, **known, leave_one_out=loo)
 
 
@@ -120,8 +138,8 @@ def sample_of(
 ) -> Sample:
     "The sample that `record` was made of"
     lists = dict(players=tuple(r["players"]), spans=tuple(zip(r["start"], r["end"])))
-    numbers = {name: np.array(r[name], dtype=np.float64) for name in ("values", "errors")}
-    same = {name: r[name] for name in (*_SAME, "model")}
+    numbers = {name: np.array(r[name], dtype=np.float64) for name in ("values", "stderr")}
+    same = {name: r[name] for name in _SAME}
     a = Attribution(**same, **lists, **numbers, row_id=r["index"])
     planted, loo = r["planted"], r["leave_one_out"]
     known = (None if planted is None else tuple(planted), None if loo is None else np.array(loo, dtype=np.float64))
@@ -190,7 +208,7 @@ class _Loaded(Step):
         same, got = self.lm.fingerprint == self.fingerprint, f"{self.lm.fingerprint} in this process"
         need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
 
-# %% ../../nbs/explain/47_step.ipynb #93c98c9c
+# %% ../../nbs/explain/47_step.ipynb #5b2c56e7
 class Explain(_Loaded):
     "Attributions of the rows of a data set"
 
@@ -212,10 +230,9 @@ class Explain(_Loaded):
         return self.size(row)[0]
 
     def cost(self, row: dict, length: int) -> float:
-        "Tokens of all coalitions"
-        n = self.size(row)[1]
-        usual = 2**n if n <= EXACT_PLAYERS else 2 * PAIRS * n
-        return float(length * min(usual, self.ask.budget or usual))
+        "Tokens of all coalitions; where a row may be done sooner, of a third of those it may take"
+        sizes = self.ask.stages(self.size(row)[1])
+        return float(length * (sizes[-1] if len(sizes) == 1 else sizes[-1] / 3))
 
     def process(self, rows: list[dict]) -> list[Sample]:
         "Explain a batch, row by row"

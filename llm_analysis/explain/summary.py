@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Hits', 'hits', 'score_lines', 'Summary', 'facts', 'shortened']
 
-# %% ../../nbs/explain/45_summary.ipynb #3e0fb6c8
+# %% ../../nbs/explain/45_summary.ipynb #0abc0244
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from .attribution import Attribution, named
+from .result import Attribution, named
 from ..text import visible_line
 
 # %% ../../nbs/explain/45_summary.ipynb #dd674bfe
@@ -66,7 +66,7 @@ def score_lines(found: Hits) -> list[tuple[str, str]]:
         (f"{what}, random pick", f"{found.random:.0%} ({extra} on average)"),
     ]
 
-# %% ../../nbs/explain/45_summary.ipynb #9611e7a5
+# %% ../../nbs/explain/45_summary.ipynb #d7d489ac
 @dataclass(frozen=True)
 class Summary:
     "What a run did; printed, it is the table at the end"
@@ -93,12 +93,12 @@ class Summary:
     @property
     def gap(self) -> float:
         "Largest distance of a row's values from adding up, nats"
-        return max(s.attribution.gap for s in self.samples)
+        return max(s.attribution.efficiency_gap for s in self.samples)
 
     def __str__(self) -> str:
         return "\n".join(_table(self) + ["", *(f"{name}: {what}" for name, what in [*facts(self), *_ending(self)])])
 
-# %% ../../nbs/explain/45_summary.ipynb #e63c9092
+# %% ../../nbs/explain/45_summary.ipynb #d0df424b
 def _without(summary: Summary) -> str:
     long = f", {summary.left_out:,} left out as too long" if summary.left_out else ""
     return long + (f", {summary.failed:,} failed" if summary.failed else "")
@@ -117,7 +117,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("values", f"{exact:,} rows exact, {len(done) - exact:,} sampled"),
         ("evaluations", spent),
         *([("answered right", f"{sum(judged):,} of {len(judged):,}")] if judged else []),
-        ("largest |sum of values - (full - base)|", f"{summary.gap:.0e} nats"),
+        ("largest |sum of values - (full_value - base_value)|", f"{summary.gap:.0e} nats"),
         *(score_lines(summary.hits) if summary.hits else []),
     ]
 
