@@ -177,11 +177,15 @@ class Comparison:
         return pd.DataFrame(columns)
 
     def _tables(self) -> list[pd.DataFrame]:
-        better = _table([f"{n}, better than random" for n in self.rankings[:-1]], self.better[:-1], self.better_errors[:-1])
+        better = _table(
+            [f"{n}, better than random" for n in self.rankings[:-1]], self.better[:-1], self.better_errors[:-1]
+        )
         return [_table(self.rankings, self.scores, self.errors), better]
 
     def __repr__(self) -> str:
-        return "\n\n".join([t.to_string() for t in self._tables()] + [f"means over {self.texts} texts ± standard error"])
+        return "\n\n".join(
+            [t.to_string() for t in self._tables()] + [f"means over {self.texts} texts ± standard error"]
+        )
 
     def _repr_html_(self) -> str:
         said = f"<small>means over {self.texts} texts ± standard error</small>"
@@ -222,7 +226,10 @@ def plot(
         for r, (name, color) in enumerate(zip(c.rankings, PALETTE)):
             mean, apart = rows[:, r].mean(0), (rows[:, r] - rows[:, -1]).std(0, ddof=1) / np.sqrt(c.texts)
             curve(c.grid, mean, mean - 2 * apart, mean + 2 * apart, label=name, color=color, ax=ax)
-        ax.set(xlabel=f"share of words {what}, most important first", title="deletion" if what == "removed" else "insertion")
+        ax.set(
+            xlabel=f"share of words {what}, most important first",
+            title="deletion" if what == "removed" else "insertion",
+        )
     axes[0].set_ylabel(unit)
     axes[1].get_legend().remove()
     return axes
