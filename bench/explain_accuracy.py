@@ -22,8 +22,8 @@ import time
 import numpy as np
 import pandas as pd
 from explain_games import Known, average, gloves, largest, of_table, relative, scattered, tiny_tables, unanimity
-from llm_analysis.explain.auto import estimate
 
+from llm_analysis.explain.auto import estimate
 from llm_analysis.explain.coalitions import pairs_in_all
 
 OURS = ("auto", "process", "leverage", "trees", "reuse", "sparse", "permutation")
