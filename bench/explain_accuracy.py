@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 import pandas as pd
-from explain_games import Known, average, gloves, largest, of_table, relative, scattered, tiny_tables, unanimity
+from explain_games import FAMILIES, LARGE, OTHER, TINY, Known, of_table, relative, tiny_tables, unanimity
 
 from llm_analysis.explain.auto import estimate
 from llm_analysis.explain.coalitions import pairs_in_all
@@ -85,9 +85,9 @@ def geometric(errors: pd.Series) -> float:
 
 def tiny(games: list[Known], seeds: int) -> pd.DataFrame:
     "Every estimator on the texts of the tiny model"
-    budgets, rows = (64, 128, 256, 512, 1024), []
+    rows = []
     for game in games:
-        for evaluations in budgets:
+        for evaluations in TINY:
             for name in (*OURS, *OTHERS):
                 few = {"leverage": 2, "trees": 2, "permutation": 4}.get(name, 0) * (game.n + 2) <= evaluations
                 slow = name in ("trees", "reuse", "sparse") or evaluations > 512
@@ -241,12 +241,11 @@ def main() -> None:
         tell_tiny(done[-1] if peers is None else pd.concat([done[-1], peers[peers.game.isin(done[-1].game)]]))
     names = ("auto", "process", "leverage", "trees", "sparse", "permutation")
     if "large" in parts:
-        sizes = {50: {2: 10, 4: 10, 10: 10}, 128: {2: 10, 4: 5, 10: 10}, 512: {2: 10, 10: 5}}
-        done.append(spread_of(unanimity, sizes, names))
+        done.append(spread_of(unanimity, LARGE, names))
         tell_spread(done[-1] if peers is None else with_peers(done[-1], peers), "Sums of prizes among neighbours")
     if "other" in parts:
-        for make in (scattered, average, largest, gloves):
-            done.append(spread_of(make, {50: {2: 3, 10: 3}}, names))
+        for make in FAMILIES:
+            done.append(spread_of(make, OTHER, names))
             tell_spread(done[-1] if peers is None else with_peers(done[-1], peers), make.__doc__)
     if done:
         t = pd.concat(done)

@@ -27,7 +27,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import shapiq
-from explain_games import Known, average, gloves, largest, of_table, relative, scattered, unanimity
+from explain_games import FAMILIES, LARGE, OTHER, TINY, Known, of_table, relative, unanimity
 from lightgbm import LGBMRegressor
 from shapiq import approximator as peers
 
@@ -94,7 +94,7 @@ def tiny(tables: str, seeds: int, names: list[str]) -> list[dict]:
     rows = []
     for key, table in np.load(tables).items():
         game = of_table(key, table)
-        for evaluations in (64, 128, 256, 512, 1024):
+        for evaluations in TINY:
             if evaluations < 2**game.n and 2 ** (game.n - 1) - 1 > evaluations // 2:
                 for name in (x for x in names if able(x, game.n, evaluations)):
                     rows += [trial(game, name, evaluations, seed) for seed in range(seeds)]
@@ -131,12 +131,10 @@ def main() -> None:
     if "tiny" in parts:
         rows += tiny(a.tables, a.seeds, names)
     if "large" in parts:
-        rows += spread_of(
-            unanimity, {50: {2: 10, 4: 10, 10: 10}, 128: {2: 10, 4: 5, 10: 10}, 512: {2: 10, 10: 5}}, names
-        )
+        rows += spread_of(unanimity, LARGE, names)
     if "other" in parts:
-        for make in (scattered, average, largest, gloves):
-            rows += spread_of(make, {50: {2: 3, 10: 3}}, names)
+        for make in FAMILIES:
+            rows += spread_of(make, OTHER, names)
     pd.DataFrame(rows).to_csv(a.save, index=False)
     print(f"shapiq {shapiq.__version__}: {len(rows):,} estimates in {time.process_time():.0f} s, written to {a.save}")
 
