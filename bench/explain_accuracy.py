@@ -2,7 +2,7 @@
 
 usage: python bench/explain_accuracy.py [PART ...] [--tables FILE.npz] [--seeds N] [--peers FILE.csv ...] [--save FILE.csv]
 
-PARTS (all of them without one): tiny large other coverage stop limits
+PARTS (all of them without one): tiny large other design coverage stop limits
 --tables  worths of the tiny model's texts as `bench/explain_games.py` writes them; computed first (minutes) without it
 --seeds   draws of each tiny game (10)
 --peers   what other packages reached: columns estimator, game, evaluations, seed, error (relative squared error)
@@ -23,8 +23,11 @@ import numpy as np
 import pandas as pd
 from explain_games import FAMILIES, LARGE, OTHER, TINY, Known, of_table, relative, tiny_tables, unanimity
 
+from llm_analysis.core import stream
 from llm_analysis.explain.auto import estimate
-from llm_analysis.explain.coalitions import pairs_in_all
+from llm_analysis.explain.coalitions import CANDIDATES, leverage_pairs, pairs_in_all, pairs_of, rows_of
+from llm_analysis.explain.process import process
+from llm_analysis.explain.regression import regress
 
 OURS = ("auto", "process", "leverage", "trees", "reuse", "sparse", "permutation")
 
@@ -184,6 +187,32 @@ def flat(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def design(games: list[Known]) -> None:
+    "The same estimators on pairs chosen among candidates, and on pairs as they come"
+    some = [(f"tiny, {m}", [(g, m, s) for g in games for s in range(5)]) for m in (64, 128, 256, 512)]
+    for make in (unanimity, *FAMILIES):
+        some += [
+            (f"{make.__name__}-50, {each} a player", [(make(50, s), 50 * each, s) for s in range(5)])
+            for each in (2, 4, 10)
+        ]
+    rows = {}
+    for title, draws in some:
+        errors = {}
+        for game, evaluations, seed in draws:
+            for name, many in (("chosen", CANDIDATES), ("as they come", 1)):
+                draw = lambda k: stream(3000 + seed, game.name, f"explain: walk {k}")
+                coal = rows_of(leverage_pairs(game.n, (evaluations - 2) // 2, draw, candidates=many))
+                pairs = pairs_of(coal, game.worth(coal))
+                errors.setdefault(f"process, {name}", []).append(relative(process(pairs).values[:, 0], game))
+                if len(pairs.coal) >= 1.5 * game.n + 2:
+                    errors.setdefault(f"regression, {name}", []).append(relative(regress(pairs).values[:, 0], game))
+        rows[title] = {name: geometric(pd.Series(e)) for name, e in errors.items()}
+    print(
+        f"Pairs chosen among {CANDIDATES} candidates, and as they come: geometric mean of the relative squared error\n"
+    )
+    show(pd.DataFrame(rows).T.rename_axis("games, evaluations"), 3)
+
+
 def coverage(games: list[Known]) -> None:
     rows = []
     for evaluations, seeds in ((128, 40), (256, 30), (512, 16), (1024, 8)):
@@ -247,15 +276,15 @@ def limits() -> None:
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("part", nargs="*", help="tiny large other coverage stop limits; all without one")
+    ask.add_argument("part", nargs="*", help="tiny large other design coverage stop limits; all without one")
     ask.add_argument("--tables", help="worths of the tiny model's texts")
     ask.add_argument("--seeds", type=int, default=10)
     ask.add_argument("--peers", nargs="*", default=[])
     ask.add_argument("--save")
     a = ask.parse_args()
-    parts, done, games = a.part or ["tiny", "large", "other", "coverage", "stop", "limits"], [], []
+    parts, done, games = a.part or ["tiny", "large", "other", "design", "coverage", "stop", "limits"], [], []
     peers = pd.concat([pd.read_csv(p) for p in a.peers]) if a.peers else None
-    if {"tiny", "coverage", "stop"} & set(parts):
+    if {"tiny", "design", "coverage", "stop"} & set(parts):
         games = [of_table(k, t) for k, t in (dict(np.load(a.tables)) if a.tables else tiny_tables()).items()]
     if "limits" in parts:
         limits()
@@ -275,6 +304,8 @@ def main() -> None:
         tell_all(t if peers is None else pd.concat([t, peers[peers.game.isin(t.game)]]))
         if a.save:
             t.to_csv(a.save, index=False)
+    if "design" in parts:
+        design(games)
     if "coverage" in parts:
         coverage(games)
     if "stop" in parts:
