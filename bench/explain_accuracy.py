@@ -200,7 +200,7 @@ def design(games: list[Known]) -> None:
         errors = {}
         for game, evaluations, seed in draws:
             for name, many in (("chosen", CANDIDATES), ("as they come", 1)):
-                draw = lambda k: stream(3000 + seed, game.name, f"explain: walk {k}")
+                draw = lambda k, g=game, s=seed: stream(3000 + s, g.name, f"explain: walk {k}")
                 coal = rows_of(leverage_pairs(game.n, (evaluations - 2) // 2, draw, candidates=many))
                 pairs = pairs_of(coal, game.worth(coal))
                 errors.setdefault(f"process, {name}", []).append(relative(process(pairs).values[:, 0], game))
