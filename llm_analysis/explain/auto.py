@@ -128,7 +128,7 @@ def sampler_for(
         return Antithetic((evaluations - 2) // (2 * n - 2))
     return Paired((evaluations - 2) // 2, estimator)
 
-# %% ../../nbs/explain/43_auto.ipynb #c1d46299
+# %% ../../nbs/explain/43_auto.ipynb #92c32b77
 class Played:
     "A game that evaluates no coalition twice"
 
@@ -145,7 +145,7 @@ class Played:
         self.known = [np.concatenate(self.known)]
         return self.known[0][[self.place[key] for key in keys]]
 
-
+# %% ../../nbs/explain/43_auto.ipynb #0668bb5a
 def planned(
     n: int,  # players
     *,
