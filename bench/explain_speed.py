@@ -195,11 +195,15 @@ def main() -> int:
         print("| M parameters | | ms a coalition | times ours | claim | |\n| ---: | --- | ---: | ---: | ---: | --- |")
         for m, name, value, ratio, claim, good in rows:
             shown = "–" if ratio is None else f"{ratio:.1f}"
-            print(f"| {m:.0f} | {name} | {value:.3g} | {shown} | {'–' if claim is None else claim} | {'' if good else 'NOT HELD'} |")
+            print(
+                f"| {m:.0f} | {name} | {value:.3g} | {shown} | {'–' if claim is None else claim} | {'' if good else 'NOT HELD'} |"
+            )
             held &= good
         if size == "15":
             share, faster = exact(lm, 14)
-            print(f"\nExact, 14 words: {share:.3f} of the tokens of all subsets (claim: 0.2), {faster:.1f} times as fast as one by one")
+            print(
+                f"\nExact, 14 words: {share:.3f} of the tokens of all subsets (claim: 0.2), {faster:.1f} times as fast as one by one"
+            )
             held &= share <= 0.2
         print(flush=True)
     print(f"{platform.machine()}, torch {torch.__version__}, {a.device}")
