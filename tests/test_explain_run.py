@@ -185,7 +185,7 @@ def refused(room, error, match, data, model, **options):
         (InputError, "max_seq_len from 1", ["fine"], dict(max_seq_len=1000)),
         (InputError, "a row to explain", ["fine"], dict(max_seq_len=3)),
         (InputError, "budget of at least", ["fine", LONG], dict(budget=9)),
-        (InputError, "players words, tokens, sentences", ["fine"], dict(players="letters")),
+        (InputError, "players words, tokens", ["fine"], dict(players="letters")),
         (InputError, "in it once", ["fine"], dict(prompt="no place")),
         (InputError, "two or more", ["fine"], dict(label_words=[" good"])),
         (InputError, "token of their own", ["fine"], dict(label_words=[" good", ""])),

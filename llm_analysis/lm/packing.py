@@ -19,12 +19,12 @@ from .model import LM
 from .plan import Places, Tokens
 from .routes import compute
 
-# %% ../../nbs/lm/28_packing.ipynb #12b0513a
+# %% ../../nbs/lm/28_packing.ipynb #a74f1771
 @dataclass(frozen=True)
 class Report:
     "How a request was computed, and what it cost"
 
-    route: str  # varlen, padded, bucket, packed or single
+    route: str  # varlen, padded, bucket, packed, single or tree
     why: str  # how the route was chosen
     sequences: int  # asked for
     unique: int  # computed: the different ones, after what follows the last asked-for position is cut off
@@ -203,7 +203,7 @@ def _read(
     costs = (done.useful, done.computed, done.useful_pairs, done.computed_pairs)
     return Answers(answers, Report(done.route, why, *counts, *costs))
 
-# %% ../../nbs/lm/28_packing.ipynb #9882d494
+# %% ../../nbs/lm/28_packing.ipynb #e0b68d7f
 def _log_sums(
     rows: Float[torch.Tensor, "draw vocab"],
 ) -> Float[torch.Tensor, " draw"]:  # float32
@@ -218,7 +218,7 @@ def token_logprobs(
     positions: Sequence[Ids] | None = None,  # of the tokens to score, 1 to length-1 or negative; None: all
     *,
     places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions], nats
@@ -234,7 +234,7 @@ def token_logprobs(
     how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
     return _read(lm, tokens, rows, read, (), layer=None, **how)
 
-# %% ../../nbs/lm/28_packing.ipynb #83a8b0b0
+# %% ../../nbs/lm/28_packing.ipynb #289af9d2
 def logits(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
@@ -242,7 +242,7 @@ def logits(
     *,
     columns: Ids | None = None,  # entries of the vocabulary; None: all
     places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions, vocab or columns]; row p scores what follows token p
@@ -260,7 +260,7 @@ def logits(
     how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
     return _read(lm, tokens, wanted, read, tail, layer=None, **how)
 
-# %% ../../nbs/lm/28_packing.ipynb #b9d77aaa
+# %% ../../nbs/lm/28_packing.ipynb #df19b661
 def hidden(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
@@ -268,7 +268,7 @@ def hidden(
     *,
     layer: int = -1,  # 0: embeddings; k: after block k; -1: what the head reads
     places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions, d_model]

@@ -6,7 +6,7 @@
 __all__ = ['REFUSALS', 'Inputs', 'lay_out', 'only_rows', 'compute', 'Proof', 'is_sparse', 'material', 'eight', 'answers',
            'largest_gap', 'rounding', 'judge', 'prove', 'identity', 'proven']
 
-# %% ../../nbs/lm/24_routes.ipynb #fb6289de
+# %% ../../nbs/lm/24_routes.ipynb #da0b7aee
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..core import need, stream
 from .model import LM
 from .plan import ROUTES, Forward, Places, Plan, Tokens, plan
+from .tree import TREE, lay_out_tree, plan_tree
 
 # %% ../../nbs/lm/24_routes.ipynb #8b3b4cab
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _varlen_attention(
 _VARLEN = f"llm_analysis_varlen_{__name__}"  # a copy of this code in a notebook registers its own
 AttentionInterface.register(_VARLEN, _varlen_attention)
 
-# %% ../../nbs/lm/24_routes.ipynb #a5bc09e8
+# %% ../../nbs/lm/24_routes.ipynb #78bafa8a
 @contextmanager
 def _attending(lm: LM, route: str, inputs: Inputs, kept: bool) -> Iterator[None]:
     "Inside, the model's attention is the one that `route` needs"
@@ -150,6 +151,15 @@ def _apart(
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
     return mask[:, None]
 
+# %% ../../nbs/lm/24_routes.ipynb #3a5be2a3
+def _branches(forward: Forward, sequences: Sequence[Tokens], asked: Sequence[Places], lm: LM) -> tuple[Inputs, dict]:
+    "A row as a tree, and what the model is given for it"
+    ids, depth, sees, gather = lay_out_tree(forward, sequences, asked)
+    mask = torch.zeros(sees.shape, dtype=lm.dtype).masked_fill(torch.from_numpy(~sees), torch.finfo(lm.dtype).min)
+    given = dict(input_ids=torch.from_numpy(ids)[None], position_ids=torch.from_numpy(depth)[None])
+    given = {k: v.to(lm.device) for k, v in (given | dict(attention_mask=mask[None, None])).items()}
+    return Inputs(ids[None], depth[None], (), gather), given
+
 
 def _given(lm: LM, route: str, forward: Forward, sequences: Sequence[Tokens], inputs: Inputs, kept: bool) -> dict:
     "What the model is given on this route"
@@ -162,7 +172,7 @@ def _given(lm: LM, route: str, forward: Forward, sequences: Sequence[Tokens], in
         given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given
 
-# %% ../../nbs/lm/24_routes.ipynb #0c29ff94
+# %% ../../nbs/lm/24_routes.ipynb #4081e51c
 def compute(
     lm: LM,
     work: Plan,
@@ -175,11 +185,14 @@ def compute(
     "Run the plan forward by forward"
     taken, kept = inspect.signature(lm.model.forward).parameters, places is not None
     hears = "position_ids" in taken or "kwargs" in taken and not kept
-    if (kept or work.route in ("packed", "varlen")) and not hears:
+    if (kept or work.route in ("packed", "varlen", TREE)) and not hears:
         raise NotImplementedError("it takes no positions")
     for forward in work.forwards:
-        inputs = lay_out(forward, sequences, asked, places)
-        given = _given(lm, work.route, forward, sequences, inputs, kept)
+        if work.route == TREE:
+            inputs, given = _branches(forward, sequences, asked, lm)
+        else:
+            inputs = lay_out(forward, sequences, asked, places)
+            given = _given(lm, work.route, forward, sequences, inputs, kept)
         gather = torch.from_numpy(inputs.gather).to(lm.device)
         head_rows = gather if layer is None else gather[:1]
         with torch.inference_mode(), only_rows(lm.model, head_rows), _attending(lm, work.route, inputs, kept):
@@ -271,7 +284,7 @@ def rounding(
     need(noise <= 32 * unit, "a model that sees only the past", got=got, do="use a causal model")
     return alone, 4 * noise + 4 * unit
 
-# %% ../../nbs/lm/24_routes.ipynb #ad07d3ea
+# %% ../../nbs/lm/24_routes.ipynb #360c0b02
 def judge(
     lm: LM,
     route: str,  # one of ROUTES
@@ -284,7 +297,8 @@ def judge(
     "Whether neighbours change nothing on `route`, and together is alone"
     (first, second), lengths = draws, [len(s) for s in draws[0]]
     shape = dict(budget=max(4 * reach, 64), row=max(reach + 8, sum(lengths) // 2), slack=float("inf"))
-    work, numbers, neighbours = plan(route, lengths, **shape), range(len(first)), 0.0
+    work = plan_tree(first, budget=2 * sum(lengths)) if route == TREE else plan(route, lengths, **shape)
+    numbers, neighbours = range(len(first)), 0.0
     pick = lambda kept, a, b: None if a is None else [a[i] if i in kept else b[i] for i in numbers]
     try:
         together = answers(lm, work, first, places[0])
@@ -296,7 +310,9 @@ def judge(
     except REFUSALS as e:
         reason = f"the model refused it ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
         return Proof(route, False, reach, float("inf"), float("inf"), tolerance, reason)
-    difference, allowed = largest_gap(together, alone), tolerance if is_sparse(lm.model) else 0.0
+    difference, allowed = largest_gap(together, alone), 0.0
+    if is_sparse(lm.model) or route == TREE:  # other neighbours, another shape: only rounding may differ
+        allowed = tolerance
     reason = ""
     if neighbours > allowed:
         reason = f"neighbours change an answer by {neighbours:.2g} nats"
@@ -304,14 +320,16 @@ def judge(
         reason = f"answers differ from one by one by {difference:.2g} nats, rounding explains {tolerance:.2g}"
     return Proof(route, not reason, reach, neighbours, difference, tolerance, reason)
 
-
+# %% ../../nbs/lm/24_routes.ipynb #9433cdf6
 def prove(
     lm: LM,
-    route: str,  # one of ROUTES
+    route: str,  # one of ROUTES, or tree
     reach: int,  # longest sequence it shall hold for, tokens
 ) -> Proof:
     "Whether `route` gives this model's own numbers; `InputError` for a model that looks ahead"
     first, second = (material(lm, reach, draw) for draw in ("first", "second"))
+    if route == TREE:  # sequences that begin alike
+        first, second = ([np.append(own[0][: len(s) // 2], s[len(s) // 2 :]) for s in own] for own in (first, second))
     return judge(lm, route, reach, (first, second), *rounding(lm, first))
 
 # %% ../../nbs/lm/24_routes.ipynb #9c8df269
