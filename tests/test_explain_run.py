@@ -162,7 +162,12 @@ def test_a_page_is_made_with_one_look_at_the_files(done, monkeypatch):
 
 def test_planted_words_are_scored(folder, tmp_path):  # noqa: F811
     found = run(
-        "tiny/reviews", output_dir=tmp_path / "out", model=str(folder), max_samples=4, effort=Effort(budget=300), device="cpu"
+        "tiny/reviews",
+        output_dir=tmp_path / "out",
+        model=str(folder),
+        max_samples=4,
+        effort=Effort(budget=300),
+        device="cpu",
     )
     v = pd.read_parquet(tmp_path / "out" / "values.parquet")
     assert v.planted.notna().all() and v.leave_one_out.notna().all()
