@@ -20,7 +20,10 @@ from loopback_hub import point, serve
 from test_explain import folder, tokenizer  # noqa: F401
 
 from llm_analysis.cli import main
+from llm_analysis.core import InputError
 from llm_analysis.explain import run as module
+from llm_analysis.explain import step
+from llm_analysis.explain.advisor import advise, hyperparams
 from llm_analysis.explain.export import Exports
 from llm_analysis.explain.prepare import Effort
 from llm_analysis.explain.run import run
@@ -38,6 +41,7 @@ TEXTS = [
     "bad",
 ]
 OWN = dict(prompt="Review: {text}\nSentiment:", label_words=[" good", " bad"], device="cpu", route="padded")
+LONG = "We loved the quiet room , but the food was cold and so we left early ."
 NAMES = ["token_shap.csv", "token_shap.json", "token_shap_records.json"]
 
 
@@ -271,3 +275,68 @@ def test_a_sampling_ratio_is_a_budget(folder, tmp_path, capsys):  # noqa: F811
     found = run(data, output_dir=tmp_path / "out", model=str(folder), effort=effort, **OWN)
     spent = {s.row: s.attribution.evaluations for s in found.samples}
     assert spent[1] == 4 and 0.01 * (2**14 - 1) - 2 <= spent[0] <= 0.01 * (2**14 - 1) + 1
+
+
+def test_a_pilot_changes_no_number_and_is_not_lost(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    "The run goes on with the rows of the pilot; without one the same settings give the same bytes"
+    data = rows_file(tmp_path / "mine.jsonl", [*TEXTS, LONG, LONG.replace("we", "they")])
+    real, begun = step.explain_row, []
+    keep = lambda lm, row, ask, game=None: begun.append(game is not None) or real(lm, row, ask, game)
+    monkeypatch.setattr(step, "explain_row", keep)
+    monkeypatch.setattr(module, "advise", lambda ready: advise(ready, seconds=600))
+    run(data, output_dir=tmp_path / "with", model=str(folder), **OWN)
+    said = capsys.readouterr().err
+    assert "advisor: tol 0.1" in said and "advisor: 7 rows, about" in said
+    assert sum(begun) == 6 and len(begun) == 7
+    run(data, output_dir=tmp_path / "without", model=str(folder), effort=Effort(tol=0.1, advisor=False), **OWN)
+    assert sum(begun) == 6 and "advisor" not in capsys.readouterr().err
+    for name in (*NAMES, "values.parquet", "samples.parquet"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_a_run_that_goes_on_does_not_ask_again(folder, tmp_path, monkeypatch):  # noqa: F811
+    data, own = rows_file(tmp_path / "mine.jsonl", TEXTS), dict(output_dir=tmp_path / "out", model=str(folder), **OWN)
+    asked = []
+    real = module.advise
+    monkeypatch.setattr(module, "advise", lambda ready: asked.append(1) or real(ready))
+    run(data, jobs=JobOptions(max_runtime_minutes=0), **own)
+    assert asked == []
+    run(data, **own)
+    assert asked == []
+    run(data, jobs=JobOptions(force_restart=True), **own)
+    assert asked == [1]
+    assert strict(tmp_path / "out" / NAMES[1])["summary"]["settings"]["tol"] == 0.1
+    with pytest.raises(InputError, match="tol: old 0.1 → new 0.2"):
+        run(data, effort=Effort(tol=0.2), **own)
+
+
+@pytest.mark.parametrize(
+    "effort", [Effort(), Effort(tol=0.3), Effort(budget=300), Effort(sampling_ratio=0.01), Effort(estimator="exact")]
+)
+def test_hyperparams_says_what_a_run_will_cost(folder, tmp_path, effort):  # noqa: F811
+    "Before the run, into its folder; budgets that are certain are met exactly"
+    data = rows_file(tmp_path / "mine.jsonl", [*TEXTS, LONG[:40]])
+    own = dict(output_dir=tmp_path / "out", model=str(folder), effort=effort, **OWN)
+    advice = hyperparams(data, pilot_seconds=5, **own)
+    told = strict(tmp_path / "out" / "hyperparams" / "token_shap_hyperparams.json")
+    assert advice.path.name == "token_shap_hyperparams.json" and str(advice.path) in str(advice)
+    assert told["left_out"] == {"rows": 1, "reasons": {"empty": 1}} and len(told["rows"]) == 6
+    assert told["token_counts"]["within_limits"]["4096"]["share"] == 1
+    for r in told["rows"]:
+        assert r["sampling_ratio"] == r["budget"] / (2 ** r["players"] - 1) and r["seconds"] > 0 < r["peak_bytes"]
+        assert r["meets"] or str(r["budget"]) in r["reason"]
+    found = run(data, **own)
+    spent = {s.row: s.attribution.evaluations for s in found.samples}
+    if effort.tol is None and effort.given:
+        for r in told["rows"]:
+            assert 0 <= r["budget"] - spent[r["row"]] <= 1, r
+    assert found.output_dir == tmp_path / "out"
+
+
+def test_rows_that_will_miss_the_target_are_named(folder, tmp_path, capsys):  # noqa: F811
+    data = rows_file(tmp_path / "mine.jsonl", [LONG, "fine"])
+    own = dict(output_dir=tmp_path / "out", model=str(folder), **OWN)
+    advice = hyperparams(data, pilot_seconds=5, effort=Effort(tol=1e-4, budget=200), **own)
+    told = strict(tmp_path / "out" / "hyperparams" / "token_shap_hyperparams.json")
+    assert [r["meets"] for r in told["rows"]] == [False, True] and "200 evaluations" in told["rows"][0]["reason"]
+    assert told["total"]["missed"] == 1 and "1 rows will stay short of tol 0.0001" in str(advice)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOL', 'OUTPUTS', 'Measure', 'value_of', 'Effort', 'output_folder', 'find_run', 'check_rows', 'warning', 'Source',
-           'Request', 'Machine', 'opened', 'Prepared', 'prepare']
+           'Request', 'Machine', 'opened', 'translation', 'Prepared', 'prepare']
 
-# %% ../../nbs/explain/48_prepare.ipynb #fc3a2c80
+# %% ../../nbs/explain/48_prepare.ipynb #db104833
 import os
 import re
 import sys
@@ -23,7 +23,7 @@ from ..data import Rows, check_lengths, open_rows, presets
 from .attribution import check_length
 from .auto import ESTIMATORS
 from .players import check_request
-from .step import Ask, Explain, Sizes
+from .step import CAP, Ask, Explain, Sizes
 from .values import AnswerLogprob, LabelMargin
 from ..lm.model import LM, load
 
@@ -213,7 +213,7 @@ class Machine:
     route: str = "auto"
     batch_tokens: int | None = None
 
-# %% ../../nbs/explain/48_prepare.ipynb #2641ef39
+# %% ../../nbs/explain/48_prepare.ipynb #42b021af
 def opened(
     source: Source,
     length_column: str | None = None,  # column of lengths that a plan will be made of
@@ -227,6 +227,21 @@ def opened(
     for note in rows.notes:
         print(note, file=sys.stderr)
     return rows
+
+
+def translation(
+    sizes: Sizes,
+    ask: Ask,
+) -> str | None:  # None where no ratio was given
+    "What a sampling ratio comes to, in evaluations"
+    if ask.sampling_ratio is None:
+        return None
+    players = [n for i, n in zip(sizes.ids.tolist(), sizes.players.tolist()) if i not in sizes.left_out]
+    counts, most = [ask.limit(n) for n in players], ask.budget or CAP * max(players)
+    cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) for n in players)
+    of = f"sampling ratio {ask.sampling_ratio:g}: {min(counts):,} to {max(counts):,} evaluations a row"
+    cap = f"at most {most:,}" if ask.budget else f"at most {CAP} a player"
+    return f"{of} ({min(players)} to {max(players)} players); {cut:,} of {len(players):,} rows are cut, to {cap}"
 
 
 @dataclass(frozen=True)
@@ -244,7 +259,7 @@ class Prepared:
         rows, place = self.rows, self.rows.model
         return Explain(self.lm, self.ask, place, self.sizes, self.dtype, (rows.name, rows.split))
 
-# %% ../../nbs/explain/48_prepare.ipynb #6c94e9b8
+# %% ../../nbs/explain/48_prepare.ipynb #1cd9e15c
 def prepare(
     rows: Rows,
     source: Source,
@@ -265,7 +280,8 @@ def prepare(
     own |= {k: getattr(effort, k) for k in ("estimator", "tol", "budget", "time_budget", "sampling_ratio")}
     ask = Ask(rows.text_column, template, value, rows.label_column, rows.planted_column, **own)
     sizes = check_rows(lm, rows, ask)
-    said = warning(sizes, ask, lm.max_len)
-    if said:
+    chosen = f"tol {TOL}, at most {CAP} evaluations a player; --tol, --budget or --no-advisor say otherwise"
+    chose = f"advisor: {chosen}" if effort != request.effort else None
+    for said in filter(None, (warning(sizes, ask, lm.max_len), translation(sizes, ask), chose)):
         print(said, file=sys.stderr)
     return Prepared(rows, lm, ask, sizes, machine.dtype)
