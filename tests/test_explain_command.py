@@ -25,8 +25,9 @@ from llm_analysis.explain import run as module
 from llm_analysis.explain import step
 from llm_analysis.explain.advisor import advise, hyperparams
 from llm_analysis.explain.export import Exports
-from llm_analysis.explain.prepare import Effort
+from llm_analysis.explain.prepare import Effort, Measure
 from llm_analysis.explain.run import run
+from llm_analysis.explain.step import targets_of
 from llm_analysis.jobs.job import JobOptions
 
 torch.set_num_threads(1)
@@ -42,6 +43,7 @@ TEXTS = [
 ]
 OWN = dict(prompt="Review: {text}\nSentiment:", label_words=[" good", " bad"], device="cpu", route="padded")
 LONG = "We loved the quiet room , but the food was cold and so we left early ."
+LABELLED = ("margin", "probability", "classes")
 NAMES = ["token_shap.csv", "token_shap.json", "token_shap_records.json"]
 
 
@@ -340,3 +342,38 @@ def test_rows_that_will_miss_the_target_are_named(folder, tmp_path, capsys):  # 
     told = strict(tmp_path / "out" / "hyperparams" / "token_shap_hyperparams.json")
     assert [r["meets"] for r in told["rows"]] == [False, True] and "200 evaluations" in told["rows"][0]["reason"]
     assert told["total"]["missed"] == 1 and "1 rows will stay short of tol 0.0001" in str(advice)
+
+
+@pytest.mark.parametrize(
+    "measure, options",
+    [
+        *((Measure(value=v), {}) for v in ("margin", "probability", "classes", "logprob", "odds", "tokens", "divergence")),
+        (Measure(value="similarity", answer_tokens=2), {}),
+        (Measure(value="tokens", target=" very bad"), {}),
+        (Measure(removal="attend"), {}),
+        (Measure(removal="mask:."), {}),
+        (Measure(pinned="not"), {}),
+        (Measure(), dict(players="sentences")),
+        (Measure(), dict(players="regex:[aeiou]\\w*")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_everything_that_can_be_measured_goes_through(folder, tmp_path, measure, options):  # noqa: F811
+    "From the flag to the files; numbers are finite and add up, and of several targets all are kept"
+    data = rows_file(tmp_path / "mine.jsonl", ["not so very good. It was cold", "fine and easy"])
+    own = dict(OWN) | dict(label_words=OWN["label_words"] if measure.value in (None, *LABELLED) else None)
+    effort = Effort(tol=0.3, advisor=False)
+    found = run(data, output_dir=tmp_path / "out", model=str(folder), measure=measure, effort=effort, **own, **options)
+    records, told = strict(tmp_path / "out" / NAMES[2]), strict(tmp_path / "out" / NAMES[1])
+    assert len(records) == len(found.samples) == 2 and found.gap <= 1e-8
+    settings = told["summary"]["settings"]
+    assert settings["removal"] == measure.removal and records[0]["removal"].startswith(
+        measure.removal.partition(":")[0]
+    )
+    for r in records:
+        assert (r["targets"] is None) == (measure.value not in ("classes", "tokens"))
+        if r["targets"]:
+            assert np.shape(r["all_values"]) == (len(r["players"]), len(r["targets"]))
+            assert np.allclose(np.array(r["all_values"])[:, r["focus"]], r["values"])
+    part = pq.read_table(next((tmp_path / "out" / "data").iterdir())).to_pylist()[0]
+    assert targets_of(part).targets == tuple(part["targets"] or ()) and targets_of(part).efficiency_gap <= 1e-8

@@ -13,6 +13,7 @@ from llm_analysis.core import InputError
 from llm_analysis.lm import routes
 from llm_analysis.lm.packing import hidden, logits, token_logprobs
 from llm_analysis.lm.plan import ROUTES, plan
+from llm_analysis.lm.tree import TREE, lay_out_tree, plan_tree
 
 torch.set_num_threads(1)
 TOGETHER = [r for r in ROUTES if r != "single"]
@@ -89,7 +90,7 @@ def test_a_leak_is_caught(monkeypatch):
 def test_a_lost_window_is_caught(family, monkeypatch):
     "Attention without the window leaks nothing; only the comparison with one by one can see it"
     block = routes._block
-    monkeypatch.setattr(routes, "_block", lambda q, k, v, scale, window, cap: block(q, k, v, scale, None, cap))
+    monkeypatch.setattr(routes, "_block", lambda q, k, v, scale, window, *rest: block(q, k, v, scale, None, *rest))
     proof = routes.prove(open_family(family), "varlen", 32)
     assert not proof.holds and proof.neighbours == 0 and proof.difference > 100 * proof.tolerance
     assert routes.prove(open_family(family), "varlen", WINDOW - 1).holds
@@ -128,7 +129,7 @@ def test_half_precision_is_proven_within_its_own_rounding():
         assert proof.holds and proof.neighbours == 0 and 1e-4 < proof.tolerance < 1, proof
     block = routes._block
     try:
-        routes._block = lambda q, k, v, scale, window, cap: block(q, k, v, scale, 2, cap)
+        routes._block = lambda q, k, v, scale, window, *rest: block(q, k, v, scale, 2, *rest)
         assert not routes.prove(half, "varlen", 32).holds
     finally:
         routes._block = block
@@ -163,7 +164,7 @@ lists = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), max_size=1
 
 
 @settings(max_examples=20, deadline=None)
-@given(lists, st.booleans(), st.sampled_from(ROUTES), st.data())
+@given(lists, st.booleans(), st.sampled_from((*ROUTES, TREE)), st.data())
 def test_any_request_is_answered_as_by_a_loop(seqs, dedupe, route, data):
     "Few token ids and short lengths: copies, prefixes and repeated positions in every example"
     lm = open_family("llama")
@@ -195,6 +196,45 @@ def test_any_plan_holds_every_sequence_once(lengths, budget, row, max_answers, r
             assert {lengths[i] for i in f.members} == {f.width}
         if route == "packed":
             assert all(sum(lengths[i] for i in r) <= row or len(r) == 1 for r in f.rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=60),
+    st.integers(1, 60), st.integers(1, 20),
+)  # fmt: skip
+def test_any_tree_holds_every_sequence_once(sequences, budget, max_answers):
+    seqs = [np.array(s) for s in sequences]
+    p, asked = (
+        plan_tree(seqs, asked=[1] * len(seqs), budget=budget, max_answers=max_answers),
+        [np.array([len(s) - 1]) for s in seqs],
+    )
+    assert sorted(i for f in p.forwards for i in f.members) == list(range(len(seqs)))
+    assert p.useful == sum(map(len, seqs)) >= p.computed == sum(f.width for f in p.forwards)
+    for f in p.forwards:
+        prefixes = {tuple(seqs[i][:k]) for i in f.members for k in range(1, len(seqs[i]) + 1)}
+        assert f.width == len(prefixes) and (f.width <= budget or len(f.members) == 1)
+        assert len(f.members) <= max_answers
+        ids, depth, sees, gather = lay_out_tree(f, seqs, asked)
+        assert [ids[sees[g]].tolist() for g in gather] == [seqs[i].tolist() for i in f.members]
+        assert (depth == sees.sum(1) - 1).all()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_trees_are_right_or_refused(family):
+    "Windows, and models that take no positions, have no tree; the others give the loop's answers"
+    lm, rng = open_family(family), np.random.default_rng(5)
+    words = rng.integers(0, VOCAB, 7)
+    seqs = [np.append(1, words[(r >> np.arange(7)) & 1 == 1]) for r in range(128)]
+    proof = routes.proven(lm, TREE, 16)
+    if not proof.holds:
+        print(family, proof.reason)
+        assert family not in ("llama", "qwen2", "gpt2")
+        return
+    got = logits(lm, seqs, [[-1]] * 128, route=TREE)
+    assert got.report.route == TREE and got.report.computed < 0.4 * got.report.useful
+    for z, want in zip(got, reference(lm, seqs)):
+        np.testing.assert_allclose(z[0] - z[0].max(), want[-1] - want[-1].max(), rtol=0, atol=2e-4)
 
 
 def test_memory_of_the_vocabulary_is_bounded(monkeypatch):

@@ -372,7 +372,7 @@ def write_advice(
     os.replace(out.name, path)
     return path
 
-# %% ../../nbs/explain/49_advisor.ipynb #4ee98d8e
+# %% ../../nbs/explain/49_advisor.ipynb #c08a12e2
 def hyperparams(
     dataset: str,  # as for `explain run`
     *,
@@ -383,7 +383,7 @@ def hyperparams(
     prompt: str | None = None,  # template with {text} in it; None: the data set's own
     label_words: list[str] | None = None,  # answers to choose from, by label id, each with the space before it
     chat: bool = False,  # put the filled template into the user's turn of the model's chat template
-    players: str = "words",  # what is removed: words or tokens
+    players: str = "words",  # what is taken out: words, tokens, sentences or regex:PATTERN
     max_samples: int | None = None,  # look at this many rows only
     max_seq_len: int | None = 512,  # leave out rows of more tokens, prompt and answer included
     route: str = "auto",  # how batches are laid out

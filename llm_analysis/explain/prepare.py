@@ -6,7 +6,7 @@
 __all__ = ['TOL', 'OUTPUTS', 'Measure', 'value_of', 'Effort', 'output_folder', 'find_run', 'check_rows', 'warning', 'Source',
            'Request', 'Machine', 'opened', 'translation', 'Prepared', 'prepare']
 
-# %% ../../nbs/explain/48_prepare.ipynb #db104833
+# %% ../../nbs/explain/48_prepare.ipynb #280d1f99
 import os
 import re
 import sys
@@ -20,41 +20,40 @@ import numpy as np
 
 from ..core import InputError, WorldError, need
 from ..data import Rows, check_lengths, open_rows, presets
-from .attribution import check_length
+from .attribution import Value, check_length
 from .auto import ESTIMATORS
+from .named import value_named
 from .players import check_request
+from .removal import check_removal, removal_named
 from .step import CAP, Ask, Explain, Sizes
-from .values import AnswerLogprob, LabelMargin
+from .units import check_unit
 from ..lm.model import LM, load
 
-# %% ../../nbs/explain/48_prepare.ipynb #3d6c7af1
+# %% ../../nbs/explain/48_prepare.ipynb #2c1fbaa8
 @dataclass(frozen=True)
 class Measure:
     "What is measured of each prompt, and what becomes of parts that are taken out"
 
     FLAT: ClassVar[bool] = True  # on a command line the fields are options of their own
 
-    value: str | None = None  # margin or logprob; None: margin where there are label words, else logprob
-    target: str | None = None  # text whose probability is measured; None: the model's own answer
-    removal: str = "delete"  # what becomes of parts that are out: delete
-    answer_tokens: int | None = None  # longest answer of the model's own, in tokens; None: 8
+    value: str | None = None  # what is measured, see below; None: margin where there are label words, else logprob
+    target: str | None = None  # text whose probability is measured, with its space; None: the model's own answer
+    answer_tokens: int | None = None  # longest answer of the model's own, in tokens; None: 8, for similarity 16
+    removal: str = "delete"  # what becomes of parts that are out: delete, mask, mask:TOKEN or attend
+    pinned: str | None = None  # regular expression of what is never taken out
 
 
 def value_of(
     measure: Measure,
-    labels: Sequence[str] | None = None,  # label words, each with the space before it
+    labels: Sequence[str] | None = None,  # label words that were given, each with the space before it
+    known: Sequence[str] | None = None,  # those that the data set knows, used where they can be
     chat: bool = False,  # whether prompts come from a chat template
-) -> LabelMargin | AnswerLogprob:
-    "What is measured, by its name; `InputError` for what there is not, or what does not go together"
-    name, tokens = measure.value or ("margin" if labels else "logprob"), measure.answer_tokens
-    need(name in ("margin", "logprob"), "the value margin or logprob", got=repr(name), do="name one of them")
-    need(measure.target is None, "no target", got=repr(measure.target), do="the model's own answer is explained")
-    need(measure.removal == "delete", "the removal delete", got=repr(measure.removal), do="leave --removal out")
-    if name == "margin":
-        need(labels, "label words for the value margin", got="none", do="give --label-words, or --value logprob")
-        need(tokens is None, "no answer_tokens beside label words", got=tokens, do="leave --answer-tokens out")
-        return LabelMargin(tuple(labels), chat)
-    return AnswerLogprob(8 if tokens is None else tokens)
+) -> Value:
+    "What is measured; `InputError` for what there is not, or what does not go together"
+    alone = measure.value not in (None, "margin", "probability", "classes") or measure.target is not None
+    labels = labels or (None if alone else known)
+    own = dict(target=measure.target, answer_tokens=measure.answer_tokens, chat=chat)
+    return value_named(measure.value, labels=labels and tuple(labels), **own)
 
 # %% ../../nbs/explain/48_prepare.ipynb #539b31a5
 TOL = 0.1  # half-width of a 95 % interval over the largest value, where nothing was asked for
@@ -92,7 +91,7 @@ class Effort:
         "With the advisor's choice where it has one"
         return self if self.given or not self.advisor else replace(self, tol=TOL)
 
-# %% ../../nbs/explain/48_prepare.ipynb #00e13433
+# %% ../../nbs/explain/48_prepare.ipynb #ce6aab85
 OUTPUTS = Path("outputs") / "insights" / "LLM"
 
 
@@ -116,12 +115,17 @@ def find_run(
     name = known.dataset if known else path.stem if path.is_file() else path.name if path.is_dir() else str(named)
     return output_folder(name) if (output_folder(name) / "_job").is_dir() else path
 
-# %% ../../nbs/explain/48_prepare.ipynb #71f5e9e8
+# %% ../../nbs/explain/48_prepare.ipynb #af4eea56
 def _wrong(lm: LM, ask: Ask, text: str | None) -> tuple[int, int, int, str | None]:
     "Tokens of a prompt and behind it, players, and why the row is left out"
     if text is None or not text.strip():
         return 0, 0, 0, "empty: there is no text"
+    pattern = ask.unit.removeprefix("regex:")
+    if pattern != ask.unit and not re.search(pattern, text):
+        return len(lm.encode(text)), 0, 0, f"no players: nothing in it matches {pattern!r}"
     found = ask.players(lm, text)
+    if not len(found):
+        return len(found.ids), 0, 0, "no players: nothing in it can be taken out"
     wrong = check_length(lm, found, ask.value, ask.max_seq_len)
     return len(found.ids), ask.value.room(lm, found), len(found), wrong and f"too long: {wrong}"
 
@@ -259,7 +263,7 @@ class Prepared:
         rows, place = self.rows, self.rows.model
         return Explain(self.lm, self.ask, place, self.sizes, self.dtype, (rows.name, rows.split))
 
-# %% ../../nbs/explain/48_prepare.ipynb #1cd9e15c
+# %% ../../nbs/explain/48_prepare.ipynb #fbb7b93d
 def prepare(
     rows: Rows,
     source: Source,
@@ -269,12 +273,19 @@ def prepare(
     "Load the model and look at every row; whatever is wrong is refused, and nothing is computed yet"
     template = request.prompt if request.prompt is not None else rows.prompt
     check_request(template, request.players)
-    labels = tuple(request.label_words) if request.label_words else rows.labels
-    labels = None if request.measure.value == "logprob" else labels
-    value, effort = value_of(request.measure, labels, request.chat), request.effort.settled()
+    one = request.players not in ("spans", "turns", "messages")
+    what = "players of a data set's texts: words, tokens, sentences or regex:PATTERN"
+    need(one, what, got=repr(request.players), do="name one of these")
+    check_removal(request.measure.removal)
+    if request.measure.pinned is not None:
+        check_unit(f"regex:{request.measure.pinned}")
+    value = value_of(request.measure, request.label_words, rows.labels, request.chat)
+    effort = request.effort.settled()
     lm = load(rows.model, device=machine.device, dtype=machine.dtype, revision=machine.revision)
+    removal_named(request.measure.removal, lm.tokenizer)  # refuses a token that the model does not have
     limit = min((x for x in (source.max_seq_len, lm.max_len) if x is not None), default=None)
-    own = dict(chat=request.chat, unit=request.players, seed=request.seed, removal=request.measure.removal)
+    own = dict(chat=request.chat, unit=request.players, seed=request.seed)
+    own |= dict(removal=request.measure.removal, pinned=request.measure.pinned)
     own |= dict(route=machine.route, batch_tokens=machine.batch_tokens)
     own |= dict(max_seq_len=limit if source.max_seq_len is not None else None)
     own |= {k: getattr(effort, k) for k in ("estimator", "tol", "budget", "time_budget", "sampling_ratio")}

@@ -135,7 +135,7 @@ def _ended(done: job.Summary, exports: Exports, jobs: JobOptions) -> Summary | j
         return done
     return replace(merge(done.folder, exports=exports), seconds=done.seconds)
 
-# %% ../../nbs/explain/50_run.ipynb #f8f44b4f
+# %% ../../nbs/explain/50_run.ipynb #51d52d67
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -146,7 +146,7 @@ def run(
     prompt: str | None = None,  # template with {text} in it; None: the data set's own
     label_words: list[str] | None = None,  # answers to choose from, by label id, each with the space before it
     chat: bool = False,  # put the filled template into the user's turn of the model's chat template
-    players: str = "words",  # what is removed: words or tokens
+    players: str = "words",  # what is taken out: words, tokens, sentences or regex:PATTERN
     max_samples: int | None = None,  # explain at most this many rows
     max_seq_len: int | None = 512,  # leave out rows of more tokens, prompt and answer included; null: they are errors
     route: str = "auto",  # how batches are laid out; auto: measured. A named one, such as padded, repeats bit by bit

@@ -6,7 +6,8 @@
 __all__ = ['CAP', 'RECORD', 'Ask', 'known_label', 'known_planted', 'game_of', 'explain_row', 'record', 'sample_of', 'targets_of',
            'Sizes', 'Explain']
 
-# %% ../../nbs/explain/47_step.ipynb #9fc05b23
+# %% ../../nbs/explain/47_step.ipynb #90969534
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -18,18 +19,19 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from ..core import WorldError, need
-from .attribution import Game, attribute
+from .attribution import Game, Value, attribute
 from .auto import fewest, planned
 from .evaluator import Packed
 from .players import Players, find_players
+from .removal import removal_named
 from .result import Attribution
 from .shapley import leave_one_out
 from .summary import Sample
-from .values import AnswerLogprob, LabelMargin
+from .units import words
 from ..jobs.step import Step
 from ..lm.model import LM, Words, load, load_tokenizer
 
-# %% ../../nbs/explain/47_step.ipynb #27131496
+# %% ../../nbs/explain/47_step.ipynb #320df834
 CAP = 256  # evaluations a player that a share of all coalitions is cut to
 
 
@@ -39,18 +41,19 @@ class Ask:
 
     text_column: str
     prompt: str  # template around the text
-    value: LabelMargin | AnswerLogprob  # what is measured
+    value: Value  # what is measured
     label_column: str | None = None  # column of the right label's id
     planted_column: str | None = None  # column of the positions of words that are known to matter
     chat: bool = False  # the filled template is the user's turn of a chat
-    unit: str = "words"  # or tokens
+    unit: str = "words"  # or tokens, sentences, regex:PATTERN
     max_seq_len: int | None = None  # tokens; longer rows are left out
     estimator: str = "auto"  # see `explain.auto`
     tol: float | None = None  # widest half of a 95 % interval, as a share of a row's largest value
     budget: int | None = None  # different coalitions of a row at the most
     time_budget: float | None = None  # seconds a row
     sampling_ratio: float | None = None  # budget as a share of all coalitions of a row, at most 256 a player
-    removal: str = "delete"  # what becomes of parts that are out
+    removal: str = "delete"  # what becomes of parts that are out: delete, mask, mask:TOKEN or attend
+    pinned: str | None = None  # regular expression of what stays
     seed: int = 0
     batch_tokens: int | None = None  # tokens computed at once
     route: str = "auto"  # how `lm.packing` lays them out
@@ -60,8 +63,9 @@ class Ask:
         lm: LM | Words,  # only its tokenizer is asked
         text: str,
     ) -> Players:
-        "The players of one text"
-        return find_players(lm.tokenizer, text, prompt=self.prompt, chat=self.chat, unit=self.unit)
+        "The players of one text; a pattern of what stays need not match in each"
+        stays = self.pinned if self.pinned and re.search(self.pinned, text) else None
+        return find_players(lm.tokenizer, text, prompt=self.prompt, chat=self.chat, unit=self.unit, pinned=stays)
 
     def limit(
         self,
@@ -81,7 +85,7 @@ class Ask:
         staged = self.tol is not None or self.time_budget is not None
         return planned(n, estimator=self.estimator, budget=self.limit(n), staged=staged)
 
-# %% ../../nbs/explain/47_step.ipynb #bd0423b3
+# %% ../../nbs/explain/47_step.ipynb #d7950b9f
 def known_label(
     label: object,  # what the data set holds
     labels: Sequence[str],  # label words in the order of their ids; none where answers are free
@@ -94,15 +98,15 @@ def known_label(
 def known_planted(
     positions: Sequence[int] | None,  # words of the text that carry the label, counted from 0
     found: Players,
-    words: Players,  # the same text with words as players
 ) -> tuple[bool, ...] | None:
     "For each player, whether it shares a character with a planted word"
     if positions is None:
         return None
-    spans = [words.spans[p] for p in positions]
+    whole = words(found.text)
+    spans = [whole[p] for p in positions]
     return tuple(any(a < d and c < b for c, d in spans) for a, b in found.spans)
 
-# %% ../../nbs/explain/47_step.ipynb #399a5adf
+# %% ../../nbs/explain/47_step.ipynb #f04bbd10
 def game_of(
     lm: LM,
     row: dict,  # of the data set, with its id as `index`
@@ -110,7 +114,8 @@ def game_of(
 ) -> Game:
     "The game of one row, nothing of it played but the model's own answer"
     found = ask.players(lm, row[ask.text_column])
-    return Game(lm, found, ask.value, Packed(lm, batch_tokens=ask.batch_tokens, route=ask.route))
+    evaluator = Packed(lm, batch_tokens=ask.batch_tokens, route=ask.route)
+    return Game(lm, found, ask.value, evaluator, removal_named(ask.removal, lm.tokenizer))
 
 
 def explain_row(
@@ -128,8 +133,7 @@ def explain_row(
     fix = "see what the model says, or try --dtype float32"
     need(finite, "finite values", got="inf or nan", do=fix, error=WorldError)
     label = known_label(row.get(ask.label_column), labels) if ask.label_column else None
-    words = found if found.unit == "words" else find_players(lm.tokenizer, found.text, prompt="a {text}")
-    planted = known_planted(row.get(ask.planted_column), found, words) if ask.planted_column else None
+    planted = known_planted(row.get(ask.planted_column), found) if ask.planted_column else None
     loo = leave_one_out(game, n) if planted is not None else None
     loo = loo[:, a.focus] if a.targets and loo is not None else loo
     right = None if label is None else a.choice == label

@@ -19,12 +19,12 @@ from .model import LM
 from .plan import Places, Tokens
 from .routes import compute
 
-# %% ../../nbs/lm/28_packing.ipynb #12b0513a
+# %% ../../nbs/lm/28_packing.ipynb #a74f1771
 @dataclass(frozen=True)
 class Report:
     "How a request was computed, and what it cost"
 
-    route: str  # varlen, padded, bucket, packed or single
+    route: str  # varlen, padded, bucket, packed, single or tree
     why: str  # how the route was chosen
     sequences: int  # asked for
     unique: int  # computed: the different ones, after what follows the last asked-for position is cut off
@@ -97,7 +97,28 @@ def _positions(
         out.append(p)
     return out
 
-# %% ../../nbs/lm/28_packing.ipynb #9e053a98
+# %% ../../nbs/lm/28_packing.ipynb #a5609f50
+def _kept(lm: LM, sequences: list[Tokens], places: Sequence[Ids] | None) -> list[Places] | None:
+    "The places of all tokens; `InputError` for those that cannot be a shortened text's"
+    if places is None:
+        return None
+    got = f"{len(places)} for {len(sequences)} sequences"
+    need(len(places) == len(sequences), "one list of places for each sequence", got=got, do="hand over both")
+    out = []
+    for i, (s, p) in enumerate(zip(sequences, places)):
+        p = np.asarray(p)
+        whole = p.ndim == 1 and len(p) == len(s) and p.dtype.kind in "iu"
+        got = f"places of shape {p.shape} and type {p.dtype} for the {len(s)} tokens of sequence {i}"
+        need(whole, "a place for each token", got=got, do="give whole numbers")
+        rising = p[0] >= 0 and bool((np.diff(p.astype(np.int64)) > 0).all())
+        got = f"{p[:8].tolist()}{' …' if len(p) > 8 else ''} in sequence {i}"
+        need(rising, "places that rise from 0 or more", got=got, do="keep the order of the full text")
+        limit = f"places below {lm.max_len}, the context of {lm.name}"
+        need(lm.max_len is None or p[-1] < lm.max_len, limit, got=f"{p[-1]} in sequence {i}", do="shorten the text")
+        out.append(p.astype(np.int64))
+    return out
+
+# %% ../../nbs/lm/28_packing.ipynb #bbc77241
 @dataclass(frozen=True)
 class _Work:
     "The different sequences to compute, and whose answers they are"
@@ -105,30 +126,44 @@ class _Work:
     sequences: list[Tokens]
     asked: list[Places]  # positions of each, sorted, no two the same
     owner: list[int]  # for each sequence of the request, the one that is computed for it; -1: none
+    places: list[Places] | None = None  # of the tokens of each
+
+    @property
+    def users(self) -> list[list[int]]:
+        "For each sequence that is computed, those of the request that it answers"
+        found: list[list[int]] = [[] for _ in self.sequences]
+        for i, k in enumerate(self.owner):
+            if k >= 0:
+                found[k].append(i)
+        return found
 
 
 def _different(
     sequences: list[Tokens],
     rows: list[Places],  # positions whose output row is read
     dedupe: bool,  # compute equal sequences once
+    places: list[Places] | None = None,  # position that each token keeps; None: counted from 0
 ) -> _Work:
     "Cut off what no answer depends on, then merge equal sequences"
     number: dict[object, int] = {}
-    cut, asked, owner = [], [], []
+    cut, asked, owner, kept = [], [], [], []
     for i, (s, p) in enumerate(zip(sequences, rows)):
         if not len(p):
             owner.append(-1)
             continue
         s = s[: p.max() + 1]
-        k = number.setdefault(s.tobytes() if dedupe else i, len(number))
+        where = None if places is None else places[i][: len(s)]
+        key = (s.tobytes(), b"" if where is None else where.tobytes())
+        k = number.setdefault(key if dedupe else i, len(number))
         if k == len(cut):
             cut.append(s)
             asked.append([])
+            kept.append(where)
         asked[k].append(p)
         owner.append(k)
-    return _Work(cut, [np.unique(np.concatenate(p)) for p in asked], owner)
+    return _Work(cut, [np.unique(np.concatenate(p)) for p in asked], owner, None if places is None else kept)
 
-# %% ../../nbs/lm/28_packing.ipynb #2c1c0890
+# %% ../../nbs/lm/28_packing.ipynb #881471fa
 def _read(
     lm: LM,
     sequences: list[Tokens],
@@ -137,6 +172,7 @@ def _read(
     tail: tuple[int, ...],  # shape of one answer
     *,
     layer: int | None,  # None: logits
+    places: list[Places] | None,
     route: str,
     batch_tokens: int | None,
     dedupe: bool,
@@ -145,15 +181,13 @@ def _read(
     large = lm.device.type != "cpu"
     budget = batch_tokens or (16_384 if large else 512)
     need(budget >= 1, "batch_tokens of at least 1", got=batch_tokens, do="leave it out for the default")
-    work = _different(sequences, rows, dedupe)
+    work = _different(sequences, rows, dedupe, places)
     max_answers = max(64, (1 << 29 if large else 1 << 26) // lm.vocab) if layer is None else 1 << 30
-    done, why = choose(lm, work.sequences, work.asked, route=route, budget=budget, max_answers=max_answers)
-    users: list[list[int]] = [[] for _ in work.sequences]
-    for i, k in enumerate(work.owner):
-        if k >= 0:
-            users[k].append(i)
+    limits = dict(places=work.places, route=route, budget=budget, max_answers=max_answers)
+    done, why = choose(lm, work.sequences, work.asked, **limits)
+    users = work.users
     answers = [np.zeros((0, *tail), dtype=np.float32)] * len(sequences)
-    for forward, out in compute(lm, done, work.sequences, work.asked, layer=layer):
+    for forward, out in compute(lm, done, work.sequences, work.asked, places=work.places, layer=layer):
         starts = np.cumsum([0, *(len(work.asked[k]) for k in forward.members)])
         whose = [
             (i, start + np.searchsorted(work.asked[k], rows[i]))
@@ -169,7 +203,7 @@ def _read(
     costs = (done.useful, done.computed, done.useful_pairs, done.computed_pairs)
     return Answers(answers, Report(done.route, why, *counts, *costs))
 
-# %% ../../nbs/lm/28_packing.ipynb #67e780b1
+# %% ../../nbs/lm/28_packing.ipynb #e0b68d7f
 def _log_sums(
     rows: Float[torch.Tensor, "draw vocab"],
 ) -> Float[torch.Tensor, " draw"]:  # float32
@@ -183,7 +217,8 @@ def token_logprobs(
     sequences: Sequence[Ids],  # token ids
     positions: Sequence[Ids] | None = None,  # of the tokens to score, 1 to length-1 or negative; None: all
     *,
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions], nats
@@ -196,16 +231,18 @@ def token_logprobs(
         return out[pick, target].float() - _log_sums(out)[pick]
 
     rows = [p - 1 for p in wanted]
-    return _read(lm, tokens, rows, read, (), layer=None, route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    return _read(lm, tokens, rows, read, (), layer=None, **how)
 
-# %% ../../nbs/lm/28_packing.ipynb #eb620eff
+# %% ../../nbs/lm/28_packing.ipynb #289af9d2
 def logits(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
     positions: Sequence[Ids] | None = None,  # 0 to length-1 or negative; None: all
     *,
     columns: Ids | None = None,  # entries of the vocabulary; None: all
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions, vocab or columns]; row p scores what follows token p
@@ -220,16 +257,18 @@ def logits(
         return out[pick] if keep is None else out[:, torch.from_numpy(keep).to(out.device)][pick]
 
     tail = (lm.vocab if keep is None else len(keep),)
-    return _read(lm, tokens, wanted, read, tail, layer=None, route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    return _read(lm, tokens, wanted, read, tail, layer=None, **how)
 
-# %% ../../nbs/lm/28_packing.ipynb #416d5c75
+# %% ../../nbs/lm/28_packing.ipynb #df19b661
 def hidden(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
     positions: Sequence[Ids] | None = None,  # 0 to length-1 or negative; None: all
     *,
     layer: int = -1,  # 0: embeddings; k: after block k; -1: what the head reads
-    route: str = "auto",  # auto, varlen, padded, bucket, packed or single
+    places: Sequence[Ids] | None = None,  # position that each token keeps, rising; None: counted from 0
+    route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
     dedupe: bool = True,  # compute equal sequences once
 ) -> Answers:  # of shape [positions, d_model]
@@ -244,4 +283,5 @@ def hidden(
         return out[pick]
 
     tail = (config.hidden_size,)
-    return _read(lm, tokens, wanted, read, tail, layer=layer, route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
+    return _read(lm, tokens, wanted, read, tail, layer=layer, **how)

@@ -18,7 +18,7 @@ from ..core import need
 Tokens = Int[np.ndarray, "_"]  # token ids of one sequence
 Places = Int[np.ndarray, "_"]  # positions in one sequence
 
-# %% ../../nbs/lm/22_plan.ipynb #dfe17f7d
+# %% ../../nbs/lm/22_plan.ipynb #db606841
 @dataclass(frozen=True)
 class Forward:
     "One call of the model: sequences laid end to end in rows of equal width"
@@ -36,7 +36,7 @@ class Forward:
 class Plan:
     "All forwards of one way to compute every sequence once, and its cost"
 
-    route: str  # single, bucket, padded, packed or varlen
+    route: str  # single, bucket, padded, packed or varlen; or tree (lm.tree)
     forwards: tuple[Forward, ...]
     useful: int  # tokens of the sequences
     computed: int  # tokens that pass the model, padding included
