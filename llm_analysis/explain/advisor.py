@@ -267,7 +267,7 @@ def recommended(
     "Shards that each take less than `hours`, if single rows allow it"
     return max(1, min(len(seconds), ceil(float(seconds.sum()) / (3600 * hours))))
 
-# %% ../../nbs/explain/49_advisor.ipynb #eb6128d5
+# %% ../../nbs/explain/49_advisor.ipynb #c9dd3a96
 @dataclass(frozen=True)
 class Advice:
     "What is known of a run before it begins"
@@ -311,7 +311,7 @@ class Advice:
         place = [f"written: {self.path}"] if self.path else []
         return "\n".join([head, *self.lines(), *place])
 
-
+# %% ../../nbs/explain/49_advisor.ipynb #3aac04fb
 def advise(
     ready: Prepared,
     *,

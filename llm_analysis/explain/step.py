@@ -6,7 +6,7 @@
 __all__ = ['CAP', 'RECORD', 'Ask', 'known_label', 'known_planted', 'game_of', 'explain_row', 'record', 'sample_of', 'targets_of',
            'Sizes', 'Explain']
 
-# %% ../../nbs/explain/47_step.ipynb #90969534
+# %% ../../nbs/explain/47_step.ipynb #ed951de5
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +16,7 @@ from math import ceil
 
 import numpy as np
 import pyarrow as pa
+from fastcore.basics import patch
 from jaxtyping import Int
 
 from ..core import WorldError, need
@@ -31,7 +32,7 @@ from .units import words
 from ..jobs.step import Step
 from ..lm.model import LM, Words, load, load_tokenizer
 
-# %% ../../nbs/explain/47_step.ipynb #320df834
+# %% ../../nbs/explain/47_step.ipynb #27d22f0d
 CAP = 256  # evaluations a player that a share of all coalitions is cut to
 
 
@@ -58,32 +59,38 @@ class Ask:
     batch_tokens: int | None = None  # tokens computed at once
     route: str = "auto"  # how `lm.packing` lays them out
 
-    def players(
-        self,
-        lm: LM | Words,  # only its tokenizer is asked
-        text: str,
-    ) -> Players:
-        "The players of one text; a pattern of what stays need not match in each"
-        stays = self.pinned if self.pinned and re.search(self.pinned, text) else None
-        return find_players(lm.tokenizer, text, prompt=self.prompt, chat=self.chat, unit=self.unit, pinned=stays)
+# %% ../../nbs/explain/47_step.ipynb #a354004b
+@patch
+def players(
+    self: Ask,
+    lm: LM | Words,  # only its tokenizer is asked
+    text: str,
+) -> Players:
+    "The players of one text; a pattern of what stays need not match in each"
+    stays = self.pinned if self.pinned and re.search(self.pinned, text) else None
+    return find_players(lm.tokenizer, text, prompt=self.prompt, chat=self.chat, unit=self.unit, pinned=stays)
 
-    def limit(
-        self,
-        n: int,  # players
-    ) -> int | None:  # None: what `explain.auto` takes
-        "Evaluations of a row of `n` players at the most"
-        if self.sampling_ratio is None:
-            return self.budget
-        wanted = ceil(Fraction(self.sampling_ratio) * (2**n - 1))
-        return min(2**n, max(fewest(n, self.estimator), min(wanted, self.budget or CAP * n)))
 
-    def stages(
-        self,
-        n: int,  # players
-    ) -> list[int]:
-        "Evaluations after which a row of `n` players may be done; `InputError` where the budget is too small"
-        staged = self.tol is not None or self.time_budget is not None
-        return planned(n, estimator=self.estimator, budget=self.limit(n), staged=staged)
+@patch
+def limit(
+    self: Ask,
+    n: int,  # players
+) -> int | None:  # None: what `explain.auto` takes
+    "Evaluations of a row of `n` players at the most"
+    if self.sampling_ratio is None:
+        return self.budget
+    wanted = ceil(Fraction(self.sampling_ratio) * (2**n - 1))
+    return min(2**n, max(fewest(n, self.estimator), min(wanted, self.budget or CAP * n)))
+
+
+@patch
+def stages(
+    self: Ask,
+    n: int,  # players
+) -> list[int]:
+    "Evaluations after which a row of `n` players may be done; `InputError` where the budget is too small"
+    staged = self.tol is not None or self.time_budget is not None
+    return planned(n, estimator=self.estimator, budget=self.limit(n), staged=staged)
 
 # %% ../../nbs/explain/47_step.ipynb #d7950b9f
 def known_label(
@@ -224,7 +231,7 @@ class Sizes:
         need(known, "a row that was looked at", got=f"row {row_id}", do="hand over the sizes of all rows")
         return int(self.tokens[at]), int(self.players[at])
 
-# %% ../../nbs/explain/47_step.ipynb #8576ac95
+# %% ../../nbs/explain/47_step.ipynb #cf767c77
 class _Loaded(Step):
     "A step with a model, which it loads again in every other process"
 
