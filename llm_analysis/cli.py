@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #df6eb599
+# %% ../nbs/98_cli.ipynb #120fde83
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -32,6 +32,9 @@ class Command:
 
 COMMANDS = (
     Command("explain", "run", "llm_analysis.explain.run:run", "which words of a text moved the model's answer"),
+    Command("explain", "hyperparams", "llm_analysis.explain.advisor:hyperparams", "what a run will cost, measured"),
+    Command("explain", "status", "llm_analysis.explain.run:status", "how far a run is, and who is at work on it"),
+    Command("explain", "merge", "llm_analysis.explain.run:merge", "tables, page and files for other tools of a run"),
     Command("explain", "report", "llm_analysis.explain.run:finish", "the tables and the page of a run, made anew"),
     Command(
         "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"

@@ -46,7 +46,7 @@ def presets() -> dict[str, Preset]:
         known[name.lower()] = Preset(name, labels=words, **entry)
     return known
 
-# %% ../nbs/38_data.ipynb #68ab2b28
+# %% ../nbs/38_data.ipynb #b6c4e7eb
 @dataclass(frozen=True)
 class Rows:
     "Opening rows of a data set, checked, with all that a study must know of them"
@@ -54,7 +54,7 @@ class Rows:
     name: str  # a file's or folder's stem, or the data set's own name
     dataset: Dataset  # rows in the order of the source; `index` is their position there, from 0, or their id in a run
     split: str | None  # the split they come from; None where the source has none
-    text_column: str  # column of the text: strings, none of them empty
+    text_column: str  # column of the text: strings, none of them empty unless `blanks` were asked for
     prompt: str  # the text in its prompt, with {text} in its place
     labels: tuple[str, ...] | None  # label words in the order of their ids, where they are known
     label_column: str | None  # column of the label ids
@@ -148,9 +148,9 @@ def _text_column(
     need(len(texts) == 1, "one column of text", got=len(texts), do=fix)
     return texts[0], (f"text column: {texts[0]!r}, the only one that holds text",)
 
-# %% ../nbs/38_data.ipynb #2d8e3368
-def _check_texts(data: Dataset, column: str) -> None:
-    "`InputError` unless `column` holds text, `WorldError` unless every cell has something in it"
+# %% ../nbs/38_data.ipynb #9bca9926
+def _check_texts(data: Dataset, column: str, blanks: bool = False) -> None:
+    "`InputError` unless `column` holds text, `WorldError` unless every cell has something in it or `blanks` may be"
     odd = ";" in column and len(data.column_names) == 1
     need(not odd, "cells separated by commas", got=f"the header {column!r}", do="save with commas", error=WorldError)
     kind = str(data.features.arrow_schema.field(column).type)
@@ -158,7 +158,7 @@ def _check_texts(data: Dataset, column: str) -> None:
     need(
         "string" == kind.removeprefix("large_"), "a column of text", got=f"{column!r}, whose cells are {kind}", do=fix
     )
-    for what, bad in [("null", lambda c: c is None), ("empty", lambda c: not c.strip())]:
+    for what, bad in [] if blanks else [("null", lambda c: c is None), ("empty", lambda c: not c.strip())]:
         rows = [f"row {i}" for i, cell in enumerate(data[column][:]) if bad(cell)]
         got = f"{len(rows)} that are {what}: {', '.join(rows[:3])}{', …' * (len(rows) > 3)}"
         need(not rows, f"texts in column {column!r}", got=got, do="fill or remove these rows", error=WorldError)
@@ -246,7 +246,7 @@ def _source(
         data, known = read_file(path, limit), Preset(path.stem)
     return data, split, known, ()
 
-# %% ../nbs/38_data.ipynb #255a7055
+# %% ../nbs/38_data.ipynb #31a005d7
 def open_rows(
     dataset: str,  # tiny/reviews (news, facts, chat), a .csv, .tsv, .jsonl, .json or .parquet file, a folder (also of a finished run), or OWNER/NAME
     *,
@@ -254,6 +254,7 @@ def open_rows(
     text_column: str | None = None,  # column of the text; None: the preset's, `text`, or the only one that holds text
     max_samples: int | None = None,  # rows to take, from the first on; None: all
     model: str | None = None,  # model that will be asked; None: tiny, except for a data set of the Hub
+    blanks: bool = False,  # let texts be empty or null: the caller leaves them out, and says so
 ) -> Rows:
     "The rows of a data set; `InputError` for a wrong name or argument, `WorldError` for broken contents"
     need(
@@ -270,7 +271,7 @@ def open_rows(
     data = data.select(range(min(max_samples or len(data), len(data))))
     need(len(data) > 0, "at least one row", got="none", do="check how the source was made", error=WorldError)
     column, notes = _text_column(data, text_column or known.text)
-    _check_texts(data, column)
+    _check_texts(data, column, blanks)
     if home != "run":
         column = "source_index" if column == "index" else column
         data = _renamed(data)

@@ -66,7 +66,7 @@ def score_lines(found: Hits) -> list[tuple[str, str]]:
         (f"{what}, random pick", f"{found.random:.0%} ({extra} on average)"),
     ]
 
-# %% ../../nbs/explain/45_summary.ipynb #d7d489ac
+# %% ../../nbs/explain/45_summary.ipynb #4434e4f4
 @dataclass(frozen=True)
 class Summary:
     "What a run did; printed, it is the table at the end"
@@ -75,10 +75,11 @@ class Summary:
     model: str
     output_dir: Path
     samples: tuple[Sample, ...]  # at least one
-    left_out: int  # rows over `max_seq_len`
+    left_out: int  # rows over `max_seq_len`, or without text
     seconds: float  # asking the model, wall time; 0: not known
-    top_k: int = 3  # words named in a line
+    top_k: int = 5  # words named in a line
     failed: int = 0  # rows that could not be explained
+    reasons: tuple[tuple[str, int], ...] = ()  # why rows have no result, and how many of each; () where not known
 
     @property
     def report(self) -> Path:
@@ -98,10 +99,11 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(_table(self) + ["", *(f"{name}: {what}" for name, what in [*facts(self), *_ending(self)])])
 
-# %% ../../nbs/explain/45_summary.ipynb #d0df424b
+# %% ../../nbs/explain/45_summary.ipynb #925080a1
 def _without(summary: Summary) -> str:
-    long = f", {summary.left_out:,} left out as too long" if summary.left_out else ""
-    return long + (f", {summary.failed:,} failed" if summary.failed else "")
+    why = ", ".join(f"{count:,} {reason}" for reason, count in summary.reasons)
+    out = f", {summary.left_out:,} left out" if summary.left_out else ""
+    return out + (f", {summary.failed:,} failed" if summary.failed else "") + (f" ({why})" if why else "")
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:

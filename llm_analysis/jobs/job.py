@@ -69,7 +69,7 @@ class _Stop:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-# %% ../../nbs/jobs/19_job.ipynb #52cfe5a5
+# %% ../../nbs/jobs/19_job.ipynb #a0051895
 class Job(Planned):
     "A run of a step over a data set; construct it again, the same, to continue or to look at the results"
 
@@ -88,13 +88,15 @@ class Job(Planned):
         devices: str | Sequence[str] = "auto",  # auto, or names such as cpu, cuda:0; worker i takes the i-th
         patience: float = 10.0,  # seconds of silence after which a worker's shard goes to another
         progress: bool = True,  # draw a bar
+        name: str | None = None,  # what stands before the bar; None: the folder's name
     ):
         o = options or JobOptions()
         loop = Loop(part_mb=o.part_mb, part_rows=o.part_rows, part_seconds=part_seconds, on_error=on_error)
         super().__init__(dataset, step, output_dir, o, id_column, max_seq_len, window, loop)
         self.devices, self.patience, self.progress = devices, patience, progress
+        self.name = name or self.folder.name
 
-# %% ../../nbs/jobs/19_job.ipynb #244b5802
+# %% ../../nbs/jobs/19_job.ipynb #77aa778d
 @patch
 def shards(self: Job, plan: Plan) -> list[int]:
     "Shards that this process computes"
@@ -124,7 +126,8 @@ def _compute(self: Job, plan: Plan, log: Log, mine: list[int], stop: _Stop, uplo
     "What is missing, with a bar; how many workers died"
     share = [self.options.num_shards, self.options.shard_index]
     others = [b for b in beats(self.folder) if b.get("share") == share and b["pid"] != os.getpid()]
-    progress = Progress(plan, log, mine, name=self.folder.name, show=self.progress, about=dict(share=share))
+    own = dict(name=self.name, show=self.progress, about=dict(share=share), counts=self.step.counts)
+    progress = Progress(plan, log, mine, **own)
     control, stop.say = _Control(stop, progress), progress.write
     progress.aside = lambda: upload.state if upload else None
     for b in others:

@@ -60,7 +60,14 @@ def spoken(seconds: float) -> str:
             return f"{s // unit} {name}" + (f" {rest} {lower}" if rest else "")
     return f"{s} s"
 
-# %% ../../nbs/jobs/16_progress.ipynb #33821311
+# %% ../../nbs/jobs/16_progress.ipynb #f50f3107
+def _speed(beat: dict) -> str:
+    "How fast a run is, by what its step counts, or in tokens"
+    if beat.get("counts"):
+        return f"{beat['counts_per_second']:,.0f} {beat['counts']}/s"
+    return f"{beat['tokens_per_second']:,.0f} tokens/s"
+
+
 @dataclass(frozen=True)
 class Status:
     "How far a run is"
@@ -85,7 +92,7 @@ class Status:
         lines = [f"{done}, {self.share:.0%} of the work"]
         lines += [f"{self.skipped:,} left out, {self.failed:,} failed"] if self.skipped or self.failed else []
         for run in self.runs:
-            rate = f"{run['rows_per_second']:,.0f} rows/s, {run['tokens_per_second']:,.0f} tokens/s"
+            rate = f"{run['rows_per_second']:,.0f} rows/s, {_speed(run)}"
             left = f", {spoken(run['seconds_left'])} left" if run["seconds_left"] is not None else ""
             aside = f" {run['aside']}" if run.get("aside") else ""
             who = f"at work: process {run['pid']} on {run['host']}, {len(run['workers'])} workers"
@@ -168,7 +175,7 @@ def _canvas(name: str, total: int, show: bool) -> _Lines | _Bars | None:
     lively = sys.stderr.isatty() or getattr(kernel, "kernel", None) is not None
     return _Bars(name, total) if lively else _Lines(name, total)
 
-# %% ../../nbs/jobs/16_progress.ipynb #467ce457
+# %% ../../nbs/jobs/16_progress.ipynb #edd7a870
 class _Counting:
     "What a run has done"
 
@@ -181,7 +188,9 @@ class _Counting:
         name: str = "rows",  # stands before the bar
         show: bool = True,  # draw
         about: dict | None = None,  # more for the heartbeat
+        counts: str | None = None,  # what the step counts by; None: tokens
     ):
+        self.counts, self.counted = counts, 0
         self.about, self.aside = about or {}, lambda: None  # what to say beside, such as that an upload is under way
         self.tally, self.log, self.lock = Tally(plan), log, threading.Lock()
         self.workers: dict[str, Now | str] = {}
@@ -201,12 +210,15 @@ class _Counting:
         at_work = [self.tally.of(n.shard, [(n.start, n.done)]) for n in self.workers.values() if isinstance(n, Now)]
         return np.minimum(sum(at_work, sum(self.base.values(), np.zeros(3))), self.total)
 
-# %% ../../nbs/jobs/16_progress.ipynb #dc5fadd8
+# %% ../../nbs/jobs/16_progress.ipynb #c53727f5
 @patch
 def seen(self: _Counting, worker: str, now: Now | str) -> None:
     "A worker reported where it stands, or what it is busy with"
     with self.lock:
-        self.workers[worker] = now
+        before, self.workers[worker] = self.workers.get(worker), now
+        if isinstance(now, Now):
+            same = isinstance(before, Now) and (before.shard, before.start) == (now.shard, now.start)
+            self.counted += now.counted - (before.counted if same else 0)
     self.draw()
 
 
@@ -228,7 +240,7 @@ def gone(self: _Counting, worker: str) -> None:
     with self.lock:
         self.workers.pop(worker, None)
 
-# %% ../../nbs/jobs/16_progress.ipynb #6dcf276f
+# %% ../../nbs/jobs/16_progress.ipynb #73b25b12
 class Progress(_Counting):
     "What a run has done, drawn and written down by the process that leads it"
 
@@ -244,6 +256,7 @@ class Progress(_Counting):
             rows=int(self.total[0]), done=int(done[0]), workers=lines, state=self.state, seconds_left=left
         )
         counts["aside"] = self.aside()
+        counts |= dict(counts=self.counts, counts_per_second=self.counted / seconds)
         return counts | dict(rows_per_second=rows / seconds, tokens_per_second=tokens / seconds)
 
     def _line(self, now: Now) -> str:
@@ -273,7 +286,7 @@ def close(self: Progress) -> None:
     with suppress(OSError):
         beat(self.log.folder, {}).unlink()
 
-# %% ../../nbs/jobs/16_progress.ipynb #98701922
+# %% ../../nbs/jobs/16_progress.ipynb #f24235d4
 @patch
 def draw(self: Progress, final: bool = False) -> None:
     "Bring the bar up to date, ten times a second at most"
@@ -282,7 +295,7 @@ def draw(self: Progress, final: bool = False) -> None:
     self.drawn, s = time.monotonic(), self.snapshot()
     share = f" ({s['done'] / s['rows']:.0%})" if s["rows"] and isinstance(self.canvas, _Lines) else ""
     text = f"{s['done']:,} of {s['rows']:,} rows{share}, {s['rows_per_second']:,.1f} rows/s"
-    text += f", {s['tokens_per_second']:,.0f} tokens/s"
+    text += f", {_speed(s)}"
     text += f", {spoken(s['seconds_left'])} left" if s["seconds_left"] is not None and not final else ""
     text += f" {s['aside']}" if s["aside"] else ""
     self.canvas.show(text, s["done"], [f"{name}: {line}" for name, line in s["workers"].items()], final)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Results', 'open_results']
 
-# %% ../../nbs/jobs/20_results.ipynb #9abfa37c
+# %% ../../nbs/jobs/20_results.ipynb #00ffaa00
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core import WorldError, need
-from .footer import PREFIX, Part
+from .footer import PREFIX, Part, read_table
 from .identity import read_spec
 from .job import open_run
+from .parts import Log
 from .progress import Tally
 
 # %% ../../nbs/jobs/20_results.ipynb #8dfc2d6e
@@ -47,7 +48,7 @@ class Results:
         "Rows that have no result for this kind of reason"
         return sum(kind == status for _, kind, _ in self.without)
 
-# %% ../../nbs/jobs/20_results.ipynb #e52a082b
+# %% ../../nbs/jobs/20_results.ipynb #9194afdb
 def _said(parts: list[Part]) -> dict | None:
     "What the schema of the parts says beside our notes"
     found = (pq.read_schema(parts[0].path).metadata or {}) if parts else {}
@@ -62,16 +63,26 @@ def _ordered(table: pa.Table, column: str) -> pa.Table:
     return table.take(pc.sort_indices(table[column]))
 
 
+def _read(log: Log, parts: list[Part]) -> pa.Table:
+    "The rows of some parts"
+    tables = [log.schema.empty_table(), *(read_table(p.path) for p in parts)]
+    return pa.concat_tables([t.replace_schema_metadata(None) for t in tables])
+
+
 def open_results(
     folder: str | os.PathLike,  # output directory of a run
+    *,
+    share: tuple[int, int] | None = None,  # a process's shard_index and num_shards, for its part; None: the whole run
 ) -> Results:
     "The results of a run; `WorldError` where there is none, or where rows are left"
     folder = Path(folder)
     plan, log = open_run(folder)
-    parts = log.parts()
-    left, name = plan.rows - int(Tally(plan).parts(parts)[0]), folder.resolve().name
+    tally, (i, n) = Tally(plan), share or (0, 1)
+    parts = [p for p in log.parts() if p.shard % n == i]
+    rows = sum(int(tally.of(s, [(0, len(plan.of(s)))])[0]) for s in range(i, plan.shards, n))
+    left, name = rows - int(tally.parts(parts)[0]), folder.resolve().name
     fix = "run the same command again, to its end"
-    need(not left, f"a complete run in {name!r}", got=f"{left:,} rows left of {plan.rows:,}", do=fix, error=WorldError)
+    need(not left, f"a complete run in {name!r}", got=f"{left:,} rows left of {rows:,}", do=fix, error=WorldError)
     spec, without = read_spec(folder), tuple(s for p in parts for s in p.skipped)
-    table = _ordered(log.open_table(), spec["ids"]["column"])
+    table = _ordered(log.open_table() if share is None else _read(log, parts), spec["ids"]["column"])
     return Results(folder, table.replace_schema_metadata(_said(parts)), without, spec)

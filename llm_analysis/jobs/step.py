@@ -16,12 +16,13 @@ from ..core import WorldError, need
 from .parts import Chunk
 from .rows import prepare
 
-# %% ../../nbs/jobs/13_step.ipynb #4b32748e
+# %% ../../nbs/jobs/13_step.ipynb #78d7f0fb
 class Step:
     "One study's idea: how a batch of rows becomes a table. Subclass it; it is copied to every worker"
 
     version: int = 1  # raise it when the code changes what comes out
     schema: pa.Schema  # of the output; the id column comes first
+    counts: str | None = None  # column of the output whose sum says how fast the work is; None: tokens do
 
     def settings(self) -> dict:
         "Everything that the output depends on, as JSON can hold it"

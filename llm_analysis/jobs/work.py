@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loop', 'Now', 'Done', 'work']
 
-# %% ../../nbs/jobs/15_work.ipynb #e89cfcfc
+# %% ../../nbs/jobs/15_work.ipynb #61e0dfef
 import sys
 import threading
 import time
@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
+import pyarrow.compute as pc
 from fastcore.basics import patch
 
 from ..core import need
@@ -39,7 +40,7 @@ class Loop:
             value = getattr(self, name)
             need(value is None or value > 0, f"{name} above 0", got=value, do="raise it")
 
-# %% ../../nbs/jobs/15_work.ipynb #a3afe278
+# %% ../../nbs/jobs/15_work.ipynb #5689f464
 @dataclass(frozen=True)
 class Now:
     "Where a worker stands; batches are named by their ordinal in the shard"
@@ -52,6 +53,7 @@ class Now:
     row: int | None = None  # its position in the plan, where rows are computed one by one
     parts: int = 0  # parts this task has published
     computed: int = 0  # rows this task has computed
+    counted: int = 0  # sum of the column that the step counts by, over those rows
 
 
 def _ignore(_: object) -> None:
@@ -140,7 +142,7 @@ class Done:
     halved: int  # batches that were computed in halves or row by row
     ended: bool  # False if it was stopped before its end
 
-# %% ../../nbs/jobs/15_work.ipynb #fa07f3e4
+# %% ../../nbs/jobs/15_work.ipynb #36bcff24
 class _Fetched:
     "The state of one call of `work`, and the rows it fetches ahead"
 
@@ -154,10 +156,11 @@ class _Fetched:
         self.ahead: tuple | None = None  # ordinal and future of the rows that are being fetched
         self.before: tuple | None = None  # the batch that is being finished
 
-    def tell(self, rows: int = 0, **changes) -> None:
+    def tell(self, rows: int = 0, counted: int = 0, **changes) -> None:
         "Report what changed; both threads do"
         with self.lock:
-            self.now = replace(self.now, computed=self.now.computed + rows, **changes)
+            more = dict(computed=self.now.computed + rows, counted=self.now.counted + counted)
+            self.now = replace(self.now, **more, **changes)
             self.report(self.now)
 
     def load(self, ordinal: int) -> list[dict]:
@@ -209,14 +212,15 @@ class _Task(_Fetched):
         del pieces
         return self.keep(ordinal, replace(chunk, skipped=[*chunk.skipped, *out]), len(rows) + len(out), began)
 
-# %% ../../nbs/jobs/15_work.ipynb #bd5086a3
+# %% ../../nbs/jobs/15_work.ipynb #5294e88b
 @patch
 def keep(self: _Task, ordinal: int, chunk: Chunk, rows: int, began: float) -> None:
     self.buffer.add(ordinal, chunk, rows, began)
     self.halved += chunk.halved
     parts = len(self.buffer.parts)
     committed = self.buffer.start if parts else self.now.committed
-    self.tell(rows, done=ordinal + 1, committed=committed, parts=parts)
+    counted = pc.sum(chunk.table[self.step.counts]).as_py() or 0 if self.step.counts else 0
+    self.tell(rows, counted, done=ordinal + 1, committed=committed, parts=parts)
 
 
 @patch
