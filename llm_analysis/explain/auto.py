@@ -128,20 +128,25 @@ def sampler_for(
         return Antithetic((evaluations - 2) // (2 * n - 2))
     return Paired((evaluations - 2) // 2, estimator)
 
-# %% ../../nbs/explain/43_auto.ipynb #92c32b77
+# %% ../../nbs/explain/43_auto.ipynb #ca30cf95
 class Played:
     "A game that evaluates no coalition twice"
 
     def __init__(self, worth: Worth):
         self.worth, self.place, self.known = worth, {}, []
 
+    def learn(self, coal: Bool[np.ndarray, "coal player"], worth: Float[np.ndarray, "coal *output"]) -> None:
+        "Worths of different coalitions, none of them known yet, that were evaluated elsewhere"
+        self.place.update({row.tobytes(): len(self.place) + j for j, row in enumerate(pack(coal))})
+        self.known.append(np.asarray(worth, dtype=np.float64))
+
     def __call__(self, coal: Bool[np.ndarray, "coal player"]) -> Float[np.ndarray, "coal *output"]:
         "Worths, new ones evaluated in one go"
         keys = [row.tobytes() for row in pack(coal)]
         new = {key: i for i, key in enumerate(keys) if key not in self.place}
         if new:
-            self.place.update({key: len(self.place) + j for j, key in enumerate(new)})
-            self.known.append(np.asarray(self.worth(coal[list(new.values())]), dtype=np.float64))
+            fresh = coal[list(new.values())]
+            self.learn(fresh, self.worth(fresh))
         self.known = [np.concatenate(self.known)]
         return self.known[0][[self.place[key] for key in keys]]
 

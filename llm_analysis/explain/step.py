@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAP', 'RECORD', 'Ask', 'known_label', 'known_planted', 'game_of', 'explain_row', 'record', 'sample_of', 'targets_of',
-           'Sizes', 'Explain']
+           'Sizes', 'Loaded', 'Explain']
 
 # %% ../../nbs/explain/47_step.ipynb #ed951de5
 import re
@@ -232,7 +232,7 @@ class Sizes:
         return int(self.tokens[at]), int(self.players[at])
 
 # %% ../../nbs/explain/47_step.ipynb #cf767c77
-class _Loaded(Step):
+class Loaded(Step):
     "A step with a model, which it loads again in every other process"
 
     def __init__(
@@ -270,7 +270,7 @@ class _Loaded(Step):
         need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
 
 # %% ../../nbs/explain/47_step.ipynb #02ad70ca
-class Explain(_Loaded):
+class Explain(Loaded):
     "Attributions of the rows of a data set"
 
     schema = RECORD

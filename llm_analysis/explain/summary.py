@@ -66,7 +66,7 @@ def score_lines(found: Hits) -> list[tuple[str, str]]:
         (f"{what}, random pick", f"{found.random:.0%} ({extra} on average)"),
     ]
 
-# %% ../../nbs/explain/45_summary.ipynb #4434e4f4
+# %% ../../nbs/explain/45_summary.ipynb #a24d2e73
 @dataclass(frozen=True)
 class Summary:
     "What a run did; printed, it is the table at the end"
@@ -77,7 +77,7 @@ class Summary:
     samples: tuple[Sample, ...]  # at least one
     left_out: int  # rows over `max_seq_len`, or without text
     seconds: float  # asking the model, wall time; 0: not known
-    top_k: int = 5  # words named in a line
+    top_k: int = 5  # words named for a text; in a line of a terminal three at the most
     failed: int = 0  # rows that could not be explained
     reasons: tuple[tuple[str, int], ...] = ()  # why rows have no result, and how many of each; () where not known
 
@@ -129,7 +129,7 @@ def _ending(summary: Summary) -> list[tuple[str, str]]:
     time = [("time", f"{summary.seconds:.1f} s for {tokens:,} tokens")] if summary.seconds else []
     return [*time, ("page", str(summary.report))]
 
-# %% ../../nbs/explain/45_summary.ipynb #5d6e8259
+# %% ../../nbs/explain/45_summary.ipynb #e99de45a
 def shortened(
     text: str,  # from a data set or a model
     width: int,  # characters
@@ -141,7 +141,7 @@ def shortened(
 
 def _table(summary: Summary, rows: int = 20, width: int = 44) -> list[str]:
     "A line for each of the first rows, below a heading"
-    shown, k = [s.attribution for s in summary.samples[:rows]], summary.top_k
+    shown, k = [s.attribution for s in summary.samples[:rows]], min(summary.top_k, 3)
     column = min(max([len("answer"), *(len(a.answer) for a in shown)]), 24)
     lines = [(shortened(a.text, width), shortened(a.answer, column), shortened(named(a, k), 200)) for a in shown]
     head = ("text", "answer", "what moved it most (nats, ± standard error)")
