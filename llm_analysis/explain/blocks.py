@@ -25,14 +25,14 @@ from ..jobs.job import JobOptions
 from ..jobs.results import open_results
 from ..lm.model import LM
 
-# %% ../../nbs/explain/51_blocks.ipynb #690b9b40
+# %% ../../nbs/explain/51_blocks.ipynb #a229c9cc
 WORTHS = pa.schema([
     ("index", pa.int64()),  # of the block
     ("worths", pa.list_(pa.list_(pa.float64()))),  # for each coalition of the block, in the order of the design
     ("evaluations", pa.int64()), ("prompts", pa.int64()), ("computed", pa.int64()),
 ])  # fmt: skip
 
-
+# %% ../../nbs/explain/51_blocks.ipynb #0fee93af
 class Blocks(Loaded):
     "Worths of the coalitions of one text, block by block"
 
@@ -80,11 +80,13 @@ class Blocks(Loaded):
         "Everything that the worths depend on"
         return super().settings() | dict(text=self.text, row_id=self.row_id, block=self.size)
 
-    def rows(self) -> list[dict]:
-        "One for each block"
-        return [{"index": i} for i in range(-(-len(self.design) // self.size))]
+# %% ../../nbs/explain/51_blocks.ipynb #d6869cad
+@patch
+def rows(self: Blocks) -> list[dict]:
+    "One for each block"
+    return [{"index": i} for i in range(-(-len(self.design) // self.size))]
 
-# %% ../../nbs/explain/51_blocks.ipynb #98397fee
+
 @patch
 def length(self: Blocks, row: dict) -> int:
     "Coalitions of a block"
