@@ -9,6 +9,11 @@ from math import comb
 
 import numpy as np
 
+TINY = (64, 128, 256, 512, 1024)  # evaluations of each text of the tiny model
+# players: {evaluations a player: games}
+LARGE = {50: {2: 10, 4: 10, 10: 10}, 128: {2: 10, 4: 5, 10: 10}, 512: {2: 10, 10: 5}}
+OTHER = {50: {2: 10, 10: 5}, 128: {2: 10}}
+
 
 @dataclass(frozen=True)
 class Known:
@@ -134,6 +139,9 @@ def gloves(n: int, seed: int) -> Known:
                 value[1] += comb(a, i) * comb(b - 1, j) / comb(n - 1, i + j) / n
     worth = lambda coal: np.minimum(coal[:, left].sum(1), coal[:, ~left].sum(1)).astype(float)
     return Known(f"gloves-{n}", n, worth, np.where(left, *value))
+
+
+FAMILIES = (scattered, average, largest, gloves)  # beside sums of prizes among neighbours
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

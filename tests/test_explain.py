@@ -6,6 +6,7 @@ from math import factorial
 import numpy as np
 import pytest
 import torch
+from chat_templates import SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,7 +17,7 @@ from llm_analysis.explain.attribution import Game, attribute, check_length, expl
 from llm_analysis.explain.auto import fewest, sampler_for
 from llm_analysis.explain.evaluator import Packed
 from llm_analysis.explain.players import find_players, owners
-from llm_analysis.explain.removal import Delete
+from llm_analysis.explain.removal import Attend, Delete, Replace, removal_named
 from llm_analysis.explain.shapley import (
     Antithetic,
     Exact,
@@ -27,8 +28,10 @@ from llm_analysis.explain.shapley import (
     prefixes,
     shapley,
 )
+from llm_analysis.explain.units import turn_parts
 from llm_analysis.explain.values import AnswerLogprob, LabelMargin
 from llm_analysis.lm.model import load
+from llm_analysis.lm.template import template
 
 torch.set_num_threads(1)  # these models are too small to share
 TEXTS = [
@@ -56,6 +59,10 @@ def tokenizer(style="bytes"):
     return PreTrainedTokenizerFast(
         tokenizer_object=t, bos_token="<s>", eos_token="<|end|>", unk_token="<unk>", chat_template=CHAT
     )
+
+
+TOKENIZER = tokenizer()
+REFUSING = {"turns": ("closed", "reasoning", "lanes"), "messages": ()}  # templates that go back on what they wrote
 
 
 @pytest.fixture(scope="session")
@@ -216,6 +223,199 @@ def test_players_cover_the_text(style, unit, chat, text):
 def test_a_token_of_two_words_goes_to_the_one_with_more_of_it():
     assert owners([(0, 6)], [(0, 3), (3, 6)]).tolist() == [0]  # a tie: the first
     assert owners([(0, 7)], [(0, 2), (3, 7)]).tolist() == [1]
+
+
+def plain_owners(tokens, spans):
+    "The rule of `owners`, said again one token at a time"
+    found = []
+    for a, b in tokens:
+        shared = [max(0, min(b, d) - max(a, c)) for c, d in spans]
+        if max(shared, default=0):
+            found.append(shared.index(max(shared)))
+        elif a < b and spans and spans[0][0] < b <= spans[-1][0]:
+            found.append(next(k for k, (c, _) in enumerate(spans) if c >= b))
+        else:
+            found.append(-1)
+    return found
+
+
+edges = st.lists(st.integers(0, 40), max_size=16, unique=True).map(sorted)
+
+
+@settings(max_examples=400, deadline=None)
+@given(edges, st.booleans(), st.lists(st.tuples(st.integers(-5, 45), st.integers(0, 9)), max_size=30))
+def test_owners_are_the_rule(cuts, touching, drawn):
+    "Parts apart or end to end; tokens in any order, empty, overlapping, and as long as several parts"
+    spans = list(zip(cuts, cuts[1:])) if touching else list(zip(cuts[::2], cuts[1::2]))
+    tokens = [(a, a + n) for a, n in drawn]
+    assert owners(tokens, spans).tolist() == plain_owners(tokens, spans)
+
+
+def test_owners_of_a_long_text():
+    rng = np.random.default_rng(0)
+    words = np.cumsum(rng.integers(1, 9, 4000))
+    spans = list(zip((words[:-1] + (rng.random(3999) < 0.8)).tolist(), words[1:].tolist()))
+    spans = [(a, b) for a, b in spans if a < b]
+    ends = np.cumsum(rng.integers(1, 7, 5000)).tolist()
+    tokens = list(zip([0, *ends], ends))
+    assert owners(tokens, spans).tolist() == plain_owners(tokens, spans)
+
+
+LETTERS = st.lists(st.sampled_from([*"ab .!é😀\n", "very", " good", " cold", "food"]), max_size=12).map("".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LETTERS, st.data())
+def test_pinned_characters_are_in_no_player(text, data):
+    "Whatever the unit: a token with a pinned character stays, and the others' players keep their order"
+    unit = data.draw(st.sampled_from(["words", "tokens", "sentences"]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=4, unique=True))) if text else []
+    pinned = [(a, b) for a, b in zip(cuts[::2], cuts[1::2]) if text[a:b].strip()]
+    p = find_players(TOKENIZER, text, prompt="Say: {text} -> ", unit=unit, pinned=pinned or None)
+    free = find_players(TOKENIZER, text, prompt="Say: {text} -> ", unit=unit)
+    held = {i for a, b in pinned for i in range(a, b) if not text[i].isspace()}
+    lead = len(text) - len(text.lstrip()) - len("Say: ")
+    for owner, (a, b) in zip(p.owner, TOKENIZER(p.prompt, return_offsets_mapping=True)["offset_mapping"]):
+        assert owner < 0 or not held & set(range(a + lead, b + lead))
+    assert "".join(p.pieces) == p.prompt and (p.ids == free.ids).all()
+    assert ((p.owner < 0) >= (free.owner < 0)).all() and (np.diff(p.owner[p.owner >= 0]) >= 0).all()
+    assert all(text[a:b].strip() for a, b in p.spans)
+    if not pinned:
+        assert p.spans == free.spans and (p.owner == free.owner).all()
+
+
+@pytest.mark.parametrize("style", ["bytes", "spaces"])
+def test_matches_and_spans_leave_the_rest(style):
+    text = "  Room 12 was cold, room 7 was not.  "
+    t = tokenizer(style)
+    numbers = find_players(t, text, prompt=PROMPT, unit=r"regex:\d+")
+    assert numbers.names == ("12", "7") and numbers.unit == r"regex:\d+"
+    assert set(numbers.owner.tolist()) == {-1, 0, 1}
+    places = [(text.index(x), text.index(x) + len(x)) for x in ("12", "7")]
+    by_hand = find_players(t, text, prompt=PROMPT, spans=places)
+    assert by_hand.spans == numbers.spans == tuple(places) and (by_hand.owner == numbers.owner).all()
+    without = find_players(t, text, prompt=PROMPT, pinned=r"\d+")
+    assert without.names == tuple(w for w in text.split() if w not in ("12", "7"))
+    assert not ((without.owner >= 0) & (numbers.owner >= 0)).any()
+    assert str(numbers) == f"2 players (regex:\\d+) of {(numbers.owner >= 0).sum()} tokens, " + (
+        f"{(numbers.owner < 0).sum()} tokens pinned, {len(numbers.ids)} in all"
+    )
+
+
+def test_bad_players_are_refused_before_the_tokenizer_works(monkeypatch):
+    t = tokenizer()
+    monkeypatch.setattr(type(t), "__call__", lambda *a, **k: pytest.fail("it tokenised"))
+    for bad in (
+        dict(unit="letters"), dict(unit="regex:["), dict(unit="regex:x*"), dict(unit="turns"), dict(unit="spans"),
+        dict(spans=[(2, 1)]), dict(spans=[(0, 3), (2, 5)]), dict(spans=[(0, 99)]), dict(spans=[]),
+        dict(unit="tokens", spans=[(0, 3)]), dict(pinned="zebra"), dict(pinned="("), dict(pinned=[(0, 99)]),
+        dict(unit="regex:zebra"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="expected .*; got .*; "):
+            find_players(t, "not very good", prompt=PROMPT, **bad)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+@pytest.mark.parametrize("unit", ["turns", "messages"])
+def test_turns_of_every_template_are_theirs_or_refused(shape, unit):
+    "Each player's characters hold its own message and nobody else's; what cannot be told is refused"
+    talk = [
+        {"role": "user", "content": "alpha first"}, {"role": "assistant", "content": "beta second"},
+        {"role": "user", "content": "gamma third"}, {"role": "assistant", "content": "delta fourth"},
+        {"role": "user", "content": "epsilon fifth"},
+    ]  # fmt: skip
+    t = tokenizer()
+    t.chat_template = shape.source
+    try:
+        p = find_players(t, talk, unit=unit, pinned=[2])
+    except InputError as e:
+        assert "messages whose place" in str(e) or "message by message" in str(e) or "a token that stays" in str(e)
+        assert shape.name in REFUSING[unit], (shape.name, str(e))
+        return
+    assert shape.name not in REFUSING[unit]
+    once = shape.name != "repeating"
+    names = [m["content"] if once else f"{m['content']} | {m['content']}" for m in talk]
+    assert list(p.names) == [names[i] for i in (0, 1, 3, 4)] or not once
+    text, parts = turn_parts(t, talk, unit, [2])
+    for k, i in enumerate((0, 1, 3, 4)):
+        held = "".join(text[a:b] for (a, b), w in zip(parts.pieces, parts.whose) if w == k)
+        assert [m["content"] in held for m in talk] == [j == i for j in range(5)]
+        assert unit == "turns" or held == talk[i]["content"] * (1 if once else 2)
+    kept = t.decode(Delete().prompts(p, np.zeros((1, 4), dtype=bool))[0])
+    assert "gamma third" in kept and not any(m["content"] in kept for i, m in enumerate(talk) if i != 2)
+
+
+def test_turns_that_go_leave_the_conversation_without_them():
+    "Deleted with its marks, a turn is as if it had never been: token by token"
+    talk = [{"role": r, "content": c} for r, c in (("user", "so good"), ("assistant", "very"), ("user", "bad"))]
+    p = find_players(tokenizer(), talk)
+    for row, left in zip(all_coalitions(3), Delete().prompts(p, all_coalitions(3))):
+        rest = [m for m, stays in zip(talk, row) if stays]
+        text = template(TOKENIZER).write(rest, add_generation_prompt=True) if rest else "<|assistant|>"
+        assert left.tolist() == TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("unit", ["words", "tokens", "sentences", "regex:very|good", "turns", "messages"])
+def test_three_removals_of_the_same_players(unit):
+    talk = unit in ("turns", "messages")
+    text = (
+        [{"role": "user", "content": "very good. So cold!"}, {"role": "user", "content": "bad"}] if talk else TEXTS[1]
+    )
+    p = find_players(tokenizer(), text, unit=unit)
+    coal = all_coalitions(min(len(p), 6)) if len(p) <= 6 else np.random.default_rng(0).random((40, len(p))) < 0.5
+    deleted, masked, hidden = (r.prompts(p, coal) for r in (Delete(), Replace.by(tokenizer(), "_"), Attend()))
+    for row, a, b, c, where in zip(coal, deleted, masked, hidden, hidden.places):
+        gone = np.array([o >= 0 and not row[o] for o in p.owner])
+        assert a.tolist() == c.tolist() == p.ids[~gone].tolist() and where.tolist() == np.flatnonzero(~gone).tolist()
+        assert len(b) == len(p.ids) and (b[~gone] == p.ids[~gone]).all() and len(set(b[gone].tolist())) <= 1
+    assert all(where[-1] == len(p.ids) for where in hidden.followed([1]).places)
+    assert hidden.after == len(p.ids) and deleted.places is None and masked.places is None
+
+
+def test_a_replacement_needs_a_neutral_token():
+    t = tokenizer()
+    for unusable in (None, "<|end|>"):  # no padding token, or an end mark in its place
+        t.pad_token = unusable
+        with pytest.raises(InputError, match="name a neutral token"):
+            Replace.by(t)
+    t.pad_token = "<s>"
+    with pytest.raises(InputError, match="name a neutral token"):
+        Replace.by(t)
+    t.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+    assert removal_named("mask", t).name == "mask:<mask>" and removal_named("mask:<pad>", t).spelled == "<pad>"
+    with pytest.raises(InputError, match="which is 3"):
+        Replace.by(t, "x y")
+    with pytest.raises(InputError, match="a token that is known"):
+        Replace.by(tokenizer("spaces"), "<unk>")
+
+
+@pytest.mark.parametrize("value", [LabelMargin(LABELS), AnswerLogprob(4)], ids=["labels", "answer"])
+def test_masked_attention_through_the_model(lm, value):
+    "Exact values with the model's own masks, one forward a coalition, against the packed path"
+    players, text = find_players(lm.tokenizer, TEXTS[0][:-2], prompt=PROMPT), TEXTS[0][:-2]
+    a = explain_text(lm, text, prompt=PROMPT, value=value, removal=Attend())
+    answer = []
+    while isinstance(value, AnswerLogprob) and len(answer) < 4 and (not answer or answer[-1] != 1):
+        answer.append(int(plain(lm, [*players.ids.tolist(), *answer])[-1].argmax()))
+    answer = answer[:-1] if len(answer) > 1 and answer[-1] == 1 else answer
+    n, ids = len(players.ids), [lm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in LABELS]
+    assert a.removal == "attend"
+
+    def worth(present, said=()):
+        stays = np.array([o < 0 or present[o] for o in players.owner] + [True] * len(said))
+        seen = np.tril(stays[None, :] | np.eye(len(stays), dtype=bool))
+        full = torch.tensor([[*players.ids.tolist(), *said]])
+        with torch.inference_mode():
+            z = lm.model(full, attention_mask=torch.from_numpy(seen)[None, None]).logits[0].double().log_softmax(-1)
+        if not said:
+            return (z[-1, ids[0]] - z[-1, ids[1]]).item()
+        return sum(z[n - 1 + i, token].item() for i, token in enumerate(said))
+
+    sign = -1 if a.answer == "bad" and not answer else 1
+    np.testing.assert_allclose(a.values, sign * from_orders(lambda c: worth(c, answer), len(players)), atol=1e-4)
+    deleted = explain_text(lm, text, prompt=PROMPT, value=value)
+    assert not np.allclose(a.values, deleted.values, atol=1e-3)
+    np.testing.assert_allclose([a.full_value], [deleted.full_value], atol=1e-4)
 
 
 def test_deletion_drops_ids_and_nothing_else():

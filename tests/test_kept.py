@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, VOCAB, WINDOW, byte_tokenizer, open_family, sequences
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,6 +136,7 @@ cuts = st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), min_si
 
 
 @settings(max_examples=20, deadline=None)
+@example([[(1, 1), (2, 1)], [(1, 1), (2, 3)], [(1, 2), (2, 1)], [(1, 1), (2, 3)]], True, "padded")
 @given(cuts, st.booleans(), st.sampled_from(ROUTES))
 def test_any_request_with_places_is_answered_as_one_by_one(drawn, dedupe, route):
     "Few ids and short gaps: equal tokens at equal and at other places in every example"

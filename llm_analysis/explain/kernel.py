@@ -166,7 +166,7 @@ def _evidence(
     gradient = np.append(joint * by_reach * reach, by_variance * np.exp(q[n:]))
     return float(value), gradient + apart / np.append(np.ones(n), _DEVIATION)
 
-# %% ../../nbs/explain/41_kernel.ipynb #3496ef15
+# %% ../../nbs/explain/41_kernel.ipynb #821ee36a
 def learn(
     coal: Bool[np.ndarray, "pair player"],
     odd: Float[np.ndarray, "pair output"],  # odd parts, each output with a mean square of 1
@@ -176,7 +176,7 @@ def learn(
     "The kernel under which what was observed is likely"
     s, n = signs(coal), coal.shape[1]
     fixed = (s @ s.T / n, _sized(s, s))
-    start = np.append(np.full(n, np.log(0.15 * min(1.0, 14 / n) ** 0.5)), [0.0, 0.0, -1.0, np.log(0.01)])
+    start = np.append(np.full(n, np.log(0.15 * min(1.0, 14 / n))), [0.0, 0.0, -1.0, np.log(0.01)])
     bounds = [(np.log(1e-4), np.log(3.0))] * n + _BOUNDS
     found = minimize(
         _evidence, start, (s, odd, fixed), jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=steps)

@@ -128,26 +128,27 @@ class Players:
         shown = (f'<span style="{s};white-space:pre-wrap">{escape(x)}</span>' for s, x in zip(style, self.pieces))
         return f"<div>{''.join(shown)}</div><small>{escape(str(self))}</small>"
 
-# %% ../../nbs/explain/40_players.ipynb #cb14bfe4
+# %% ../../nbs/explain/40_players.ipynb #eac5d5af
 def _shown(full: str, places: Sequence[Span]) -> tuple[str, ...]:
     "Characters of the prompt that each token adds"
     ends = [0, *np.maximum.accumulate([b for _, b in places]).tolist()] if len(places) else [0]
     return tuple(full[a:b] for a, b in zip(ends, ends[1:]))
 
 
-def _in_text(text: str, unit: str, spans, pinned, tokens: Sequence[Span]) -> Parts:
-    "The players of a text, as its parts"
-    stay = () if pinned is None else _chosen(text, pinned)
+def _spans_of(text: str, unit: str, spans: Sequence[Span] | None) -> list[Span]:
+    "Characters of the players of a text, where no tokens are needed to tell"
     if unit.startswith("regex:"):
-        return apportion(text, matches(text, unit.removeprefix("regex:")), stay)
-    ways = dict(words=words, sentences=sentences, tokens=lambda t: _token_spans(t, tokens))
-    return apportion(text, given_spans(text, spans) if unit == "spans" else ways[unit](text), stay)
+        return matches(text, unit.removeprefix("regex:"))
+    ways = dict(words=words, sentences=sentences, spans=lambda t: given_spans(t, spans), tokens=lambda t: [])
+    return ways[unit](text)
 
 
-def _chosen(text: str, pinned) -> list[Span]:
+def _pinned(text: str, pinned: str | Sequence[Span] | None) -> list[Span]:
     "Pinned parts of a text, by pattern or by spans"
-    what = "what is pinned"
-    return matches(text, pinned, what) if isinstance(pinned, str) else given_spans(text, pinned, what)
+    if pinned is None:
+        return []
+    ask = matches if isinstance(pinned, str) else given_spans
+    return ask(text, pinned, "what is pinned")
 
 
 def _in_conversation(tokenizer, messages, unit: str, pinned) -> Players:
@@ -159,7 +160,7 @@ def _in_conversation(tokenizer, messages, unit: str, pinned) -> Players:
     need((owner < 0).any(), "a conversation with a token that stays", got="none", do=fix)
     return Players(text, unit, parts.shown, ids, owner, text, _shown(text, places))
 
-# %% ../../nbs/explain/40_players.ipynb #33559bc9
+# %% ../../nbs/explain/40_players.ipynb #4512bc40
 def find_players(
     tokenizer: PreTrainedTokenizerBase,  # a fast one: it must know the characters of each token
     text: str | Sequence[Mapping],  # the text to explain, or the messages of a conversation
@@ -184,12 +185,13 @@ def find_players(
     if talk:
         need(prompt == "{text}", "no prompt around a conversation", got=repr(prompt), do="put it into a message")
         return _in_conversation(tokenizer, text, unit, pinned)
-    if unit == "spans":
-        given_spans(text, spans)  # before the tokenizer has worked
+    found, stay = _spans_of(text, unit, spans), _pinned(text, pinned)
     one = fill(tokenizer, [text], prompt=prompt, chat=chat)[0]
     lead = len(text) - len(text.lstrip())
-    places = [(a + lead, b + lead) for a, b in one.places]
-    parts = _in_text(text, unit, spans, pinned, places)
+    moved = lambda spans, by: [(a + by, b + by) for a, b in spans]
+    if unit == "tokens":
+        found = moved(_token_spans(one.text, one.places), lead)
+    parts = apportion(text, found, stay)
+    owner = token_owners(text, parts, moved(one.places, lead))
     full = one.before + one.text + one.after
-    pieces = _shown(full, [(a, b + len(one.before)) for a, b in one.places])
-    return Players(text, unit, parts.shown, one.ids, token_owners(text, parts, places), full, pieces)
+    return Players(text, unit, parts.shown, one.ids, owner, full, _shown(full, moved(one.places, len(one.before))))

@@ -6,10 +6,11 @@
 __all__ = ['Span', 'UNITS', 'check_unit', 'words', 'sentences', 'trimmed', 'matches', 'given_spans', 'Parts', 'apportion',
            'is_conversation', 'turn_parts']
 
-# %% ../../nbs/explain/39_units.ipynb #6740ab7a
+# %% ../../nbs/explain/39_units.ipynb #a469bad9
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 from jaxtyping import Int
@@ -121,12 +122,12 @@ def given_spans(
     need(not blank, "spans with something besides white space", got=f"{blank!r:.80}", do="leave them out")
     return trimmed(text, pairs)
 
-# %% ../../nbs/explain/39_units.ipynb #37f27019
+# %% ../../nbs/explain/39_units.ipynb #1ee7c56b
 @dataclass(frozen=True)
 class Parts:
     "Pieces of a text, and the player each belongs to"
 
-    pieces: tuple[Span, ...]  # in order and apart; white space between them is in none
+    pieces: tuple[Span, ...]  # in order and apart; nothing but white space is in none
     whose: Int[np.ndarray, " piece"]  # player of each; -1: none, it stays
     shown: tuple[Span, ...]  # for each player the characters that stand for it
     pinned: tuple[Span, ...] = ()  # what was pinned by name
@@ -161,7 +162,7 @@ def apportion(
     whose = np.array([number[k] for *_, k in pieces], dtype=np.int64)
     return Parts(tuple((a, b) for a, b, _ in pieces), whose, shown, tuple(pinned))
 
-# %% ../../nbs/explain/39_units.ipynb #9002c86d
+# %% ../../nbs/explain/39_units.ipynb #823808bc
 def is_conversation(text: object) -> bool:
     "Whether it is a list of messages"
     several = isinstance(text, Sequence) and not isinstance(text, str) and len(text) > 0
@@ -179,21 +180,29 @@ def _pinned_messages(messages: Sequence[Mapping], pinned: str | Sequence | None)
     return found
 
 
-def _first(source: Template, whole: str, mark: str) -> int:
-    "Where the first turn begins: after the begin mark, and after what the template writes without any message"
+def _first(source: Template, message: Mapping, mark: str, now: datetime) -> int:
+    "Where the first turn begins: it ends as the same message does when it comes later; else after the begin mark"
     try:
-        before = source.write([])  # many templates refuse an empty conversation
+        alone = source.write([message], now=now)
     except InputError:
-        before = ""
-    return max(len(x) if whole.startswith(x) else 0 for x in (before, mark))
+        return 0  # what is refused alone is refused below, in words
+    for before in ([message], [message, {"role": "assistant", "content": "Yes."}]):
+        try:
+            start, more = source.write(before, now=now), source.write([*before, message], now=now)
+        except InputError:
+            continue
+        again = more[len(start) :]
+        if again and more.startswith(start) and alone.endswith(again):
+            return len(alone) - len(again)
+    return len(mark) if alone.startswith(mark) else 0
 
 
-def _ends(source: Template, messages: Sequence[Mapping], whole: str) -> list[int]:
+def _ends(source: Template, messages: Sequence[Mapping], whole: str, now: datetime) -> list[int]:
     "Where each turn ends; `InputError` unless the template writes message by message"
     ends, fix = [], "take players='messages'"
     for i in range(1, len(messages) + 1):
         try:
-            part, got = source.write(list(messages[:i])), f"one that changes the first {i} when more follow"
+            part, got = source.write(list(messages[:i]), now=now), f"one that changes the first {i} when more follow"
         except InputError as e:
             part, got = None, f"one that refuses the first {i} alone ({e})"
         written = part is not None and whole.startswith(part) and len(part) >= max(ends, default=0)
@@ -201,7 +210,7 @@ def _ends(source: Template, messages: Sequence[Mapping], whole: str) -> list[int
         ends.append(len(part))
     return ends
 
-# %% ../../nbs/explain/39_units.ipynb #13342c3e
+# %% ../../nbs/explain/39_units.ipynb #cedf7518
 def turn_parts(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping],  # of a conversation
@@ -215,20 +224,22 @@ def turn_parts(
         got=f"{messages!r:.60}",
         do="give one",
     )
-    stay, source = _pinned_messages(messages, pinned), template(tokenizer)
-    found = render(source, messages, add_generation_prompt=True)
+    stay, source, now = _pinned_messages(messages, pinned), template(tokenizer), datetime.now()
+    found = render(source, messages, add_generation_prompt=True, now=now)
     said = {t.index: list(t.spans) for t in found.turns if t.spans}
     if unit == "turns":
-        first = _first(source, found.text, tokenizer.bos_token or "")
-        ends = [first, *_ends(source, messages, found.text)]
-        held = {i: [(a, b)] for i, (a, b) in enumerate(zip(ends, ends[1:])) if a < b}
+        first = _first(source, messages[0], tokenizer.bos_token or "", now)
+        cuts = [first, *_ends(source, messages, found.text, now)]
+        held = {i: [(a, b)] for i, (a, b) in enumerate(zip(cuts, cuts[1:])) if a < b}
     else:
         lost = [i for i, m in enumerate(messages) if m.get("content") and i not in said and i not in stay]
         fix = "take players='turns', or pin them"
         need(not lost, "messages whose place in the text is known", got=f"not so of message {lost[:8]}", do=fix)
         held = said
     players = [i for i in sorted(held) if i not in stay]
-    pieces = sorted((a, b, k) for k, i in enumerate(players) for a, b in held[i])
+    own = sorted((a, b, k) for k, i in enumerate(players) for a, b in held[i])
+    ends = [0, *(x for a, b, _ in own for x in (a, b)), len(found.text)]
+    pieces = sorted([*own, *((a, b, -1) for a, b in zip(ends[::2], ends[1::2]) if a < b)])
     shown = tuple((said.get(i, held[i])[0][0], said.get(i, held[i])[-1][1]) for i in players)
     whose = np.array([k for *_, k in pieces], dtype=np.int64)
     return found.text, Parts(tuple((a, b) for a, b, _ in pieces), whose, shown)
