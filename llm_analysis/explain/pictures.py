@@ -39,7 +39,7 @@ def _largest(size: Float[np.ndarray, " player"], most: int) -> list[int]:
     order = np.argsort(-size, kind="stable").tolist()
     return order if len(order) <= most + 1 else order[:most]
 
-# %% ../../nbs/explain/45_pictures.ipynb #edb9f639
+# %% ../../nbs/explain/45_pictures.ipynb #1ce99a58
 def _steps(a: Attribution, most: int) -> tuple[list[str], np.ndarray, np.ndarray]:
     "Names, values and errors of the steps; the error of several others together is not known"
     shown = _largest(np.abs(a.values), most)
@@ -77,6 +77,7 @@ def waterfall(
     labels = [f"without the text {a.base_value:+.2f}", *names, f"with the text {a.full_value:+.2f}"]
     ax.set_yticks(np.arange(n + 2), labels, parse_math=False)
     ax.set(ylim=(n + 1.6, -0.6), xlabel=f"{visible_line(a.answer.strip())}: {visible_line(a.unit)}")
+    ax.use_sticky_edges = False
     ax.margins(x=0.12)
     ax.tick_params(left=False)
     sns.despine(ax=ax, left=True)
@@ -154,7 +155,7 @@ def compare(
     least = _ROUNDING * max(float(np.abs(x.values).max(initial=0)) for x in (first, second))
     return Comparison(first, second, names, difference, stderr, half, np.abs(difference) > half + least)
 
-# %% ../../nbs/explain/45_pictures.ipynb #db9d4a3e
+# %% ../../nbs/explain/45_pictures.ipynb #70fb5479
 def _points(ax: Axes, x, half, rows, color: str, marker: str, label: str | None = None, filled=True) -> None:
     face = PALETTE[color] if filled else "#ffffff"
     look = dict(fmt=marker, color=PALETTE[color], mfc=face, markersize=5, capsize=2, linewidth=1, label=label)
@@ -183,7 +184,8 @@ def forest(
     stars = [f"{name} *" if m else name for name, m in zip(axis_names(c.a, shown.tolist()), c.marked[shown])]
     left.set_yticks(rows, stars, parse_math=False)
     left.set(ylim=(n - 0.5, -0.5), xlabel=visible_line(c.a.unit))
-    right.set_xlabel("difference" + (f" ({hidden:,} smaller ones not drawn)" if hidden else ""))
+    right.set_xlabel("difference")
+    right.set_title(f"{hidden:,} smaller ones not drawn" if hidden else "", fontsize=8)
     left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     for ax in axes:
         ax.axvline(0, color="#888888", linewidth=0.8, zorder=0)
