@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attribution', 'signed', 'named', 'coloured', 'whiskers', 'plot']
 
-# %% ../../nbs/explain/43_result.ipynb #dae85ca9
+# %% ../../nbs/explain/43_result.ipynb #0c5f08dd
 from dataclasses import dataclass, replace
 from html import escape
 
@@ -17,13 +17,14 @@ from matplotlib.axes import Axes
 
 from ..core import need
 from . import intervals
+from .interop import Portable
 from .shapley import Estimate
 from ..text import visible_line
 from ..views import tokens_html
 from ..viz import bars, bars_svg, heatmap
 
-# %% ../../nbs/explain/43_result.ipynb #fcbceecb
-class _Reading:
+# %% ../../nbs/explain/43_result.ipynb #888055fb
+class _Reading(Portable):
     "What can be read off the numbers of an attribution"
 
     @property
