@@ -325,7 +325,7 @@ def advise(
     tried, games = pilot(ready, speed, seconds=seconds)
     return Advice(ready, speed, tried, hours), games
 
-# %% ../../nbs/explain/49_advisor.ipynb #dc234cab
+# %% ../../nbs/explain/49_advisor.ipynb #255ebfb7
 def _told(f: Forecast, tol: float | None, estimator: str) -> Iterator[dict]:
     "What is expected of each row"
     for k in range(len(f.rows)):
@@ -336,7 +336,7 @@ def _told(f: Forecast, tol: float | None, estimator: str) -> Iterator[dict]:
         own |= dict(seconds=float(f.seconds[k]), peak_bytes=int(f.peak_bytes[k]), sampling_ratio=f.ratio(k))
         yield own | dict(meets=bool(f.meets[k]), reason=why)
 
-
+# %% ../../nbs/explain/49_advisor.ipynb #6e3ca16a
 def _head(advice: Advice) -> dict:
     "Everything but the single rows"
     ready, f, speed = advice.ready, advice.forecast, advice.speed
