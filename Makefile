@@ -32,7 +32,7 @@ demo: $(READY) ## explain why the tiny model called twenty reviews good or bad
 
 test: $(READY) ## run every notebook and every test
 	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --timing
-	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest
+	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 $(VENV)/.ray: $(READY)
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
