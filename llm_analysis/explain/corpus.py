@@ -47,14 +47,13 @@ class Occurrences:
         words, texts = self.table.word.nunique(), len(self.texts)
         return f"{len(self.table):,} occurrences of {words:,} words in {texts:,} texts ({self.unit}; {self.name})"
 
-# %% ../../nbs/explain/46_corpus.ipynb #fc42916f
+# %% ../../nbs/explain/46_corpus.ipynb #b78110b3
 def _in_memory(done: Sequence[Attribution | Sample]) -> Occurrences:
     "The players of finished attributions"
     pairs = [(x.row, x.attribution, x.label) if isinstance(x, Sample) else (x.row_id, x, None) for x in done]
     rows = [row for row, *_ in pairs]
     fix = "give each text its own row_id: errors of texts with the same one hang together"
     need(len(set(rows)) == len(rows), "a row_id of its own for each text", got="one twice", do=fix)
-    units = {a.main.unit for _, a, _ in pairs} | {a.unit for _, a, _ in pairs if a.targets}
     kinds = sorted({a.unit for _, a, _ in pairs})
     need(len(kinds) == 1, "attributions of one kind of value", got=kinds or "none", do="explain all alike")
     cells = [
