@@ -93,7 +93,7 @@ def occurrences(
     table = table.assign(word=table.word.map(fold_word)) if fold else table
     return Occurrences(table, found.texts, found.unit, found.name)
 
-# %% ../../nbs/explain/46_corpus.ipynb #60c7c2c2
+# %% ../../nbs/explain/46_corpus.ipynb #a2f7b10e
 def _means(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
     "Mean per occurrence of `column` for each of `keys`, with the standard error over texts"
     texts = table.groupby([*keys, "row"], dropna=False)[column].agg(["sum", "size"]).reset_index()
@@ -115,7 +115,7 @@ def _ends(found: pd.DataFrame, column: str, level: float, together: bool) -> pd.
     low, high = found[column] - half, found[column] + half
     return found.assign(low=low, high=high, marked=(low > 0) | (high < 0))
 
-
+# %% ../../nbs/explain/46_corpus.ipynb #10eef594
 def corpus_words(
     source: Sequence[Attribution | Sample] | str | os.PathLike | Occurrences,  # explained texts, or a run's folder
     *,
