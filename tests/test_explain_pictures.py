@@ -1,10 +1,14 @@
-"""Attributions in the hands of other packages, wherever these are installed"""
+"""Attributions in the hands of other packages, wherever these are installed; edges of pictures and of word tables"""
 
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from llm_analysis.core import InputError, WorldError
+from llm_analysis.explain.corpus import compare_words, corpus_words, occurrences, plot_words
+from llm_analysis.explain.pictures import compare, forest, target_map, waterfall
 from llm_analysis.explain.result import Attribution
 
 SPANS = ((0, 3), (4, 8), (9, 13))
@@ -51,3 +55,64 @@ def test_shapiq():
     assert np.allclose(found.values, truth.values) and np.allclose(found.get_n_order_values(1), a.values)
     assert found.estimated and not replace(a, estimator="exact").to_shapiq().estimated
     assert made(("bad", "good")).to_shapiq() == found
+
+
+def empty(targets: tuple[str, ...] = ()) -> Attribution:
+    a = made(targets)
+    none = dict(text="", players=(), spans=(), values=a.values[:0], stderr=a.stderr[:0])
+    return replace(a, **none, full_value=a.base_value)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 50])
+def test_pictures_lose_nothing(most):
+    one, two = made(), made(("bad", "good"))
+    ax = waterfall(one, most=most)
+    assert sum(p.get_width() for p in ax.patches) == pytest.approx(one.values.sum())
+    cells = np.asarray(target_map(two, most=most).collections[0].get_array()).reshape(-1, 2)
+    assert cells.sum(0) == pytest.approx(two.values.sum(0))
+    forest(compare(one, one), most=most)
+
+
+def test_pictures_of_nothing():
+    assert not waterfall(empty()).patches
+    assert not compare(empty(), empty()).marked.any() and len(compare(empty(), empty()).to_frame()) == 0
+    forest(compare(empty(), empty()))
+
+
+def test_strange_words_are_drawn_as_text():
+    odd = replace(made(), players=("$x", "\x1b[31m", "$y"))
+    ax = waterfall(odd)
+    ax.figure.canvas.draw()
+    assert "\x1b" not in "".join(t.get_text() for t in ax.get_yticklabels())
+
+
+def test_a_marked_difference_is_beyond_its_own_error():
+    a = made()
+    b = replace(a, values=a.values + np.array([0.0, 0.2, 0.4]))  # the error of a difference is 0.14
+    assert compare(a, b).marked.tolist() == [False, False, True]
+    exact = [replace(x, estimator="exact", stderr=np.zeros(3)) for x in (a, b)]
+    assert compare(*exact).marked.tolist() == [False, True, True]
+    assert not compare(a, b, together=True).to_frame().marked[:2].any()
+
+
+def test_word_tables_of_little(tmp_path):
+    rows = [replace(made(), row_id=i) for i in range(3)]
+    table = corpus_words(rows, least=3).set_index("word")
+    assert table.stderr.tolist() == [0.0] * 3 and table["mean"]["not"] == 3.0
+    assert table.sampling["good"] == pytest.approx(0.1 / np.sqrt(3))
+    assert len(corpus_words(rows, least=4)) == 0
+    assert len(corpus_words([empty()], least=1)) == 0
+    assert len(compare_words(rows, rows, least=4).table) == 0
+    plot_words(table.reset_index())
+    with pytest.raises(InputError, match="one kind of value"):
+        occurrences([])
+    with pytest.raises(InputError, match="both runs have"):
+        compare_words(rows[:1], rows[1:])
+    with pytest.raises(WorldError, match="samples.parquet"):
+        occurrences(tmp_path)

@@ -47,14 +47,13 @@ class Occurrences:
         words, texts = self.table.word.nunique(), len(self.texts)
         return f"{len(self.table):,} occurrences of {words:,} words in {texts:,} texts ({self.unit}; {self.name})"
 
-# %% ../../nbs/explain/46_corpus.ipynb #fc42916f
+# %% ../../nbs/explain/46_corpus.ipynb #b78110b3
 def _in_memory(done: Sequence[Attribution | Sample]) -> Occurrences:
     "The players of finished attributions"
     pairs = [(x.row, x.attribution, x.label) if isinstance(x, Sample) else (x.row_id, x, None) for x in done]
     rows = [row for row, *_ in pairs]
     fix = "give each text its own row_id: errors of texts with the same one hang together"
     need(len(set(rows)) == len(rows), "a row_id of its own for each text", got="one twice", do=fix)
-    units = {a.main.unit for _, a, _ in pairs} | {a.unit for _, a, _ in pairs if a.targets}
     kinds = sorted({a.unit for _, a, _ in pairs})
     need(len(kinds) == 1, "attributions of one kind of value", got=kinds or "none", do="explain all alike")
     cells = [
@@ -94,7 +93,7 @@ def occurrences(
     table = table.assign(word=table.word.map(fold_word)) if fold else table
     return Occurrences(table, found.texts, found.unit, found.name)
 
-# %% ../../nbs/explain/46_corpus.ipynb #60c7c2c2
+# %% ../../nbs/explain/46_corpus.ipynb #a2f7b10e
 def _means(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
     "Mean per occurrence of `column` for each of `keys`, with the standard error over texts"
     texts = table.groupby([*keys, "row"], dropna=False)[column].agg(["sum", "size"]).reset_index()
@@ -116,7 +115,7 @@ def _ends(found: pd.DataFrame, column: str, level: float, together: bool) -> pd.
     low, high = found[column] - half, found[column] + half
     return found.assign(low=low, high=high, marked=(low > 0) | (high < 0))
 
-
+# %% ../../nbs/explain/46_corpus.ipynb #10eef594
 def corpus_words(
     source: Sequence[Attribution | Sample] | str | os.PathLike | Occurrences,  # explained texts, or a run's folder
     *,
