@@ -279,6 +279,7 @@ def test_a_sampling_ratio_is_a_budget(folder, tmp_path, capsys):  # noqa: F811
     assert spent[1] == 4 and 0.01 * (2**14 - 1) - 2 <= spent[0] <= 0.01 * (2**14 - 1) + 1
 
 
+@pytest.mark.slow
 def test_a_pilot_changes_no_number_and_is_not_lost(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     "The run goes on with the rows of the pilot; without one the same settings give the same bytes"
     data = rows_file(tmp_path / "mine.jsonl", [*TEXTS, LONG, LONG.replace("we", "they")])
