@@ -39,7 +39,7 @@ def _largest(size: Float[np.ndarray, " player"], most: int) -> list[int]:
     order = np.argsort(-size, kind="stable").tolist()
     return order if len(order) <= most + 1 else order[:most]
 
-# %% ../../nbs/explain/45_pictures.ipynb #66b47015
+# %% ../../nbs/explain/45_pictures.ipynb #4a1c7f80
 def _steps(a: Attribution, most: int) -> tuple[list[str], np.ndarray, np.ndarray]:
     "Names, values and errors of the steps; the error of several others together is not known"
     shown = _largest(np.abs(a.values), most)
@@ -53,7 +53,7 @@ def _steps(a: Attribution, most: int) -> tuple[list[str], np.ndarray, np.ndarray
         )
     return names, values, errors
 
-
+# %% ../../nbs/explain/45_pictures.ipynb #4e62702d
 def waterfall(
     a: Attribution,  # of several targets, the one that the answer is about
     *,
