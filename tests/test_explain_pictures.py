@@ -86,9 +86,10 @@ def test_pictures_of_nothing():
 
 
 def test_strange_words_are_drawn_as_text():
-    odd = replace(made(), players=("$x", "\x1b[31m", "$y"))
+    odd = replace(made(), players=("$x", "\x1b[31m", "$y"), answer="$\\frac$", unit="nats: $\\frac$")
     ax = waterfall(odd)
     ax.figure.canvas.draw()
+    forest(compare(odd, odd, names=("$\\a$", "$\\b$")))[0].figure.canvas.draw()
     assert "\x1b" not in "".join(t.get_text() for t in ax.get_yticklabels())
 
 

@@ -39,7 +39,7 @@ def _largest(size: Float[np.ndarray, " player"], most: int) -> list[int]:
     order = np.argsort(-size, kind="stable").tolist()
     return order if len(order) <= most + 1 else order[:most]
 
-# %% ../../nbs/explain/45_pictures.ipynb #1ce99a58
+# %% ../../nbs/explain/45_pictures.ipynb #4a1c7f80
 def _steps(a: Attribution, most: int) -> tuple[list[str], np.ndarray, np.ndarray]:
     "Names, values and errors of the steps; the error of several others together is not known"
     shown = _largest(np.abs(a.values), most)
@@ -53,7 +53,7 @@ def _steps(a: Attribution, most: int) -> tuple[list[str], np.ndarray, np.ndarray
         )
     return names, values, errors
 
-
+# %% ../../nbs/explain/45_pictures.ipynb #4e62702d
 def waterfall(
     a: Attribution,  # of several targets, the one that the answer is about
     *,
@@ -76,7 +76,8 @@ def waterfall(
     ax.plot(ends[[0, -1]], [0, n + 1], "o", color=PALETTE["black"], markersize=5, clip_on=False)
     labels = [f"without the text {a.base_value:+.2f}", *names, f"with the text {a.full_value:+.2f}"]
     ax.set_yticks(np.arange(n + 2), labels, parse_math=False)
-    ax.set(ylim=(n + 1.6, -0.6), xlabel=f"{visible_line(a.answer.strip())}: {visible_line(a.unit)}")
+    ax.set_ylim(n + 1.6, -0.6)
+    ax.set_xlabel(f"{visible_line(a.answer.strip())}: {visible_line(a.unit)}", parse_math=False)
     ax.use_sticky_edges = False
     ax.margins(x=0.12)
     ax.tick_params(left=False)
@@ -155,7 +156,7 @@ def compare(
     least = _ROUNDING * max(float(np.abs(x.values).max(initial=0)) for x in (first, second))
     return Comparison(first, second, names, difference, stderr, half, np.abs(difference) > half + least)
 
-# %% ../../nbs/explain/45_pictures.ipynb #70fb5479
+# %% ../../nbs/explain/45_pictures.ipynb #260add24
 def _points(ax: Axes, x, half, rows, color: str, marker: str, label: str | None = None, filled=True) -> None:
     face = PALETTE[color] if filled else "#ffffff"
     look = dict(fmt=marker, color=PALETTE[color], mfc=face, markersize=5, capsize=2, linewidth=1, label=label)
@@ -183,10 +184,13 @@ def forest(
         _points(right, c.difference[shown][who], c.half[shown][who], rows[who], "black", "D", filled=on)
     stars = [f"{name} *" if m else name for name, m in zip(axis_names(c.a, shown.tolist()), c.marked[shown])]
     left.set_yticks(rows, stars, parse_math=False)
-    left.set(ylim=(n - 0.5, -0.5), xlabel=visible_line(c.a.unit))
+    left.set_ylim(max(n, 1) - 0.5, -0.5)
+    left.set_xlabel(visible_line(c.a.unit), parse_math=False)
     right.set_xlabel("difference")
     right.set_title(f"{hidden:,} smaller ones not drawn" if hidden else "", fontsize=8)
-    left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+    who = left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+    for name in who.get_texts():
+        name.set_parse_math(False)
     for ax in axes:
         ax.axvline(0, color="#888888", linewidth=0.8, zorder=0)
         ax.tick_params(axis="y", length=0)
