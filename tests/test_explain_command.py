@@ -159,7 +159,7 @@ def launcher(room: Path) -> dict:
         f"#!/bin/sh\nexec '{sys.executable}' -c 'from llm_analysis.cli import main; exit(main())' \"$@\"\n"
     )
     command.chmod(0o755)
-    return environment(LLM_ANALYSIS=str(command))
+    return environment(LLM_ANALYSIS=str(command), TQDM_DISABLE="0")
 
 
 def test_the_script_runs_shards_side_by_side(done, folder, tmp_path):  # noqa: F811
@@ -282,6 +282,7 @@ def test_a_sampling_ratio_is_a_budget(folder, tmp_path, capsys):  # noqa: F811
 @pytest.mark.slow
 def test_a_pilot_changes_no_number_and_is_not_lost(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     "The run goes on with the rows of the pilot; without one the same settings give the same bytes"
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # where bars are off, nothing is asked
     data = rows_file(tmp_path / "mine.jsonl", [*TEXTS, LONG, LONG.replace("we", "they")])
     real, begun = step.explain_row, []
     keep = lambda lm, row, ask, game=None: begun.append(game is not None) or real(lm, row, ask, game)
@@ -298,6 +299,7 @@ def test_a_pilot_changes_no_number_and_is_not_lost(folder, tmp_path, monkeypatch
 
 
 def test_a_run_that_goes_on_does_not_ask_again(folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # where bars are off, nothing is asked
     data, own = rows_file(tmp_path / "mine.jsonl", TEXTS), dict(output_dir=tmp_path / "out", model=str(folder), **OWN)
     asked = []
     real = module.advise
