@@ -9,6 +9,7 @@ BIN = $(abspath $(VENV))/bin
 READY = $(VENV)/.ready
 QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::DeprecationWarning
 PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not burn the core that others need
+ALONE = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # as many processes as cores, one thread each
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .PHONY: help install demo test check format nb nbs lab docs bench slow torture hooks readme constraints clean
@@ -31,8 +32,8 @@ demo: $(READY) ## explain why the tiny model called twenty reviews good or bad
 	@$(QUIET) "$(BIN)/llm-analysis" explain run tiny/reviews --max-samples 20 --output-dir demo/reviews
 
 test: $(READY) ## run every notebook and every test
-	@$(QUIET) $(PATIENT) "$(BIN)/nbdev_test" --timing
-	@$(QUIET) $(PATIENT) "$(BIN)/python" -m pytest -n 2 --dist loadfile
+	@$(QUIET) $(PATIENT) $(ALONE) "$(BIN)/nbdev_test" --timing
+	@$(QUIET) $(PATIENT) $(ALONE) "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 $(VENV)/.ray: $(READY)
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
