@@ -23,13 +23,12 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from packing import timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_analysis.explain.coalitions import leverage_pairs, rows_of
@@ -81,16 +80,6 @@ def words(lm: LM, count: int) -> str:
     return " ".join(np.random.default_rng(0).permutation(sorted(found))[:count])
 
 
-def seconds(lm: LM, call: Callable) -> tuple[float, object]:
-    "Of the processor (of the clock on a GPU), and what the call returned"
-    clock = time.thread_time if lm.device.type == "cpu" else time.perf_counter
-    start = clock()
-    out = call()
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start, out
-
-
 def alone(lm: LM, prompts: list[np.ndarray], answer: np.ndarray, spare: bool = False) -> np.ndarray:
     "The plain loop: one teacher-forced forward for each coalition"
     found, target = [], torch.from_numpy(answer).to(lm.device)
@@ -112,7 +101,7 @@ def captum_cost(lm: LM, players: Players, answer: np.ndarray) -> tuple[float, in
     method = LLMAttribution(ShapleyValueSampling(lm.model), lm.tokenizer)
     more = dict(n_samples=1, _inspect_forward=lambda *said: asked.append(said))
     target = torch.from_numpy(answer).to(lm.device)
-    spent, _ = seconds(lm, lambda: method.attribute(given, target=target, **more))
+    spent, _ = timed(lm, lambda: method.attribute(given, target=target, **more))
     return spent, len(asked)
 
 
@@ -122,7 +111,7 @@ def tokenshap_cost(lm: LM, texts: list[str]) -> tuple[float, int]:
 
     peer = LocalModel.__new__(LocalModel)  # its own way in loads from a name; the model is the same
     peer.model, peer.tokenizer, peer.max_new_tokens, peer.temperature = lm.model, lm.tokenizer, 100, 0.5
-    spent, _ = seconds(lm, lambda: [peer.generate(text) for text in texts])
+    spent, _ = timed(lm, lambda: [peer.generate(text) for text in texts])
     return spent, len(texts)
 
 
@@ -139,11 +128,11 @@ def compare(lm: LM, size: str, rounds: int) -> list[tuple]:
     before = ours.computed
     cost: dict[str, list[float]] = {}
     for _ in range(rounds):
-        spent, found = seconds(lm, lambda: ours.logprob(all_, answer))
+        spent, found = timed(lm, lambda: ours.logprob(all_, answer))
         cost.setdefault("this package", []).append(spent / len(all_))
-        spent, plain = seconds(lm, lambda: alone(lm, few.ids, answer))
+        spent, plain = timed(lm, lambda: alone(lm, few.ids, answer))
         cost.setdefault("one by one", []).append(spent / len(few))
-        spent, _ = seconds(lm, lambda: alone(lm, few.ids, answer, spare=True))
+        spent, _ = timed(lm, lambda: alone(lm, few.ids, answer, spare=True))
         cost.setdefault("one by one, head at the answer", []).append(spent / len(few))
     at = np.argsort(design.sum(1), kind="stable")[:: len(design) // 40]
     gap, useful = float(np.abs(found[at] - plain).max()), sum(len(p) + ANSWER - 1 for p in all_.ids)
@@ -174,9 +163,9 @@ def exact(lm: LM, players: int) -> tuple[float, float]:
     prompts = Delete().prompts(found, all_coalitions(players)).ids
     prompts = [p if len(p) else np.array([0]) for p in prompts]
     ask = lambda some: logits(lm, some, [[-1]] * len(some), columns=[5, 7])
-    spent, answers = seconds(lm, lambda: ask(prompts))
+    spent, answers = timed(lm, lambda: ask(prompts))
     some = prompts[:: len(prompts) // 64]
-    plain, _ = seconds(lm, lambda: [lm.model(torch.from_numpy(p)[None].to(lm.device), use_cache=False) for p in some])
+    plain, _ = timed(lm, lambda: [lm.model(torch.from_numpy(p)[None].to(lm.device), use_cache=False) for p in some])
     return answers.report.computed / sum(map(len, prompts)), plain / len(some) * len(prompts) / spent
 
 

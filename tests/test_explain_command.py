@@ -18,6 +18,7 @@ import pytest
 import torch
 from loopback_hub import point, serve
 from test_explain import folder, tokenizer  # noqa: F401
+from test_explain_run import LONG, OWN, rows_file
 
 from llm_analysis.cli import main
 from llm_analysis.core import InputError
@@ -41,15 +42,8 @@ TEXTS = [
     "The food was cold and we left early .",
     "bad",
 ]
-OWN = dict(prompt="Review: {text}\nSentiment:", label_words=[" good", " bad"], device="cpu", route="padded")
-LONG = "We loved the quiet room , but the food was cold and so we left early ."
 LABELLED = ("margin", "probability", "classes")
 NAMES = ["token_shap.csv", "token_shap.json", "token_shap_records.json"]
-
-
-def rows_file(path, texts):
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

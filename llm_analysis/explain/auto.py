@@ -6,20 +6,30 @@
 __all__ = ['CLEAR', 'TRIED', 'NAMES', 'ESTIMATORS', 'rivals', 'best', 'Paired', 'fewest', 'sampler_for', 'Played', 'planned',
            'estimate']
 
-# %% ../../nbs/explain/43_auto.ipynb #d2e11fb4
+# %% ../../nbs/explain/43_auto.ipynb #48d9c696
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..core import need, stream
+from ..core import need
 from .adjusted import FOLDS, adjusted, reused, sparse
 from .coalitions import Draw, Pairs, leverage_pairs, pack, pairs_in_all, pairs_of, rows_of
 from .intervals import GROWTH, imprecision, stages
 from .process import LEARNED, process
 from .regression import Regression, pair_weights, regress
-from .shapley import EXACT_PLAYERS, PAIRS, Antithetic, Estimate, Exact, Sampler, Worth, worth_of
+from llm_analysis.explain.shapley import (
+    EXACT_PLAYERS,
+    PAIRS,
+    Antithetic,
+    Estimate,
+    Exact,
+    Sampler,
+    Worth,
+    draws,
+    worth_of,
+)
 
 # %% ../../nbs/explain/43_auto.ipynb #f7f5a45a
 CLEAR = 2.0  # standard errors by which a rival must be ahead of the process
@@ -150,7 +160,7 @@ class Played:
         self.known = [np.concatenate(self.known)]
         return self.known[0][[self.place[key] for key in keys]]
 
-# %% ../../nbs/explain/43_auto.ipynb #d5fb2f9e
+# %% ../../nbs/explain/43_auto.ipynb #c7e6ae73
 def planned(
     n: int,  # players
     *,
@@ -184,7 +194,7 @@ def estimate(
     game = worth if isinstance(worth, Played) else Played(worth)
     for size in planned(n, estimator=estimator, budget=budget, staged=staged):
         sampler = sampler_for(n, size, estimator)
-        coal = sampler.coalitions(n, lambda k: stream(seed, row_id, f"explain: walk {k}"))
+        coal = sampler.coalitions(n, draws(seed, row_id))
         found = sampler.estimate(coal, game(coal))
         ahead = (time.monotonic() - began) * GROWTH**2  # when the next stage would end, or later
         if (tol is not None and imprecision(found) <= tol) or (time_budget is not None and ahead > time_budget):

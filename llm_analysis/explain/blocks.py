@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORTHS', 'Blocks', 'gather', 'explain_long']
 
-# %% ../../nbs/explain/51_blocks.ipynb #5bcf8688
+# %% ../../nbs/explain/51_blocks.ipynb #4093c9ab
 import os
 from dataclasses import replace
 from functools import cached_property
@@ -15,10 +15,11 @@ import pyarrow as pa
 from fastcore.basics import patch
 from jaxtyping import Bool
 
-from ..core import need, stream
+from ..core import need
 from .attribution import Game, attribute
 from .auto import sampler_for
 from .result import Attribution
+from .shapley import draws
 from .step import Ask, Loaded, game_of
 from ..jobs import job
 from ..jobs.job import JobOptions
@@ -32,7 +33,7 @@ WORTHS = pa.schema([
     ("evaluations", pa.int64()), ("prompts", pa.int64()), ("computed", pa.int64()),
 ])  # fmt: skip
 
-# %% ../../nbs/explain/51_blocks.ipynb #0fee93af
+# %% ../../nbs/explain/51_blocks.ipynb #de1beeb8
 class Blocks(Loaded):
     "Worths of the coalitions of one text, block by block"
 
@@ -71,8 +72,8 @@ class Blocks(Loaded):
     @cached_property
     def design(self) -> Bool[np.ndarray, "coal player"]:
         "The different coalitions, in the order in which the sampler names them"
-        n, seed = len(self.ask.players(self.lm or self.alone, self.text)), self.ask.seed
-        coal = self.sampler.coalitions(n, lambda k: stream(seed, self.row_id, f"explain: walk {k}"))
+        n = len(self.ask.players(self.lm or self.alone, self.text))
+        coal = self.sampler.coalitions(n, draws(self.ask.seed, self.row_id))
         first = np.unique(np.packbits(coal, axis=1), axis=0, return_index=True)[1] if n else np.array([0])
         return coal[np.sort(first)]
 

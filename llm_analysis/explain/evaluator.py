@@ -28,7 +28,7 @@ class Evaluator(Protocol):
     def next_logits(self, prompts: Prompts, columns: Sequence[int] | None) -> Float[np.ndarray, "coal k"]: ...
     def logprob(self, prompts: Prompts, answer: Sequence[int]) -> Float[np.ndarray, " coal"]: ...
 
-# %% ../../nbs/explain/42_evaluator.ipynb #ee1d2d25
+# %% ../../nbs/explain/42_evaluator.ipynb #fde9fe2d
 class Packed:
     "Asks a local model through `lm.packing`, about each different prompt once"
 
@@ -59,10 +59,18 @@ class Packed:
         answer: Sequence[int],  # token ids, at least one
     ) -> Float[np.ndarray, " coal"]:
         "Log-probability of `answer` after each prompt, nats, summed over its tokens"
+        return self.logprobs(prompts, answer).sum(1)
+
+    def logprobs(
+        self,
+        prompts: Prompts,
+        answer: Sequence[int],  # token ids, at least one
+    ) -> Float[np.ndarray, "coal tok"]:
+        "Log-probability of each token of `answer` after each prompt and the tokens before it, nats"
         said, last = prompts.followed(answer), [range(-len(answer), 0)] * len(prompts)
         found = token_logprobs(self.lm, said, last, places=said.places, **self.options)
         self._count(found.report)
-        return np.array([row.astype(np.float64).sum() for row in found])
+        return np.array(list(found), dtype=np.float64).reshape(len(prompts), len(answer))
 
     def _count(self, report: Report) -> None:
         self.prompts, self.computed = self.prompts + report.unique, self.computed + report.computed
@@ -86,26 +94,13 @@ def _sliced(
     row = {keys[i]: r for r, i in enumerate(order)}
     return np.concatenate(found)[[row[key] for key in keys]]
 
-# %% ../../nbs/explain/42_evaluator.ipynb #26d4fdfb
+# %% ../../nbs/explain/42_evaluator.ipynb #482a7c65
 def _most(
     lm: LM,
     rows: int = 1,  # rows of the vocabulary for each prompt
 ) -> int:  # prompts
     "Prompts whose logits over the vocabulary may exist at a time: 32 MB of them, on an accelerator 128 MB"
     return max(1, (1 << 24 if lm.device.type != "cpu" else 1 << 22) // (lm.vocab * rows))
-
-
-@patch
-def logprobs(
-    self: Packed,
-    prompts: Prompts,
-    answer: Sequence[int],  # token ids, at least one
-) -> Float[np.ndarray, "coal tok"]:
-    "Log-probability of each token of `answer` after each prompt and the tokens before it, nats"
-    said, last = prompts.followed(answer), [range(-len(answer), 0)] * len(prompts)
-    found = token_logprobs(self.lm, said, last, places=said.places, **self.options)
-    self._count(found.report)
-    return np.array(list(found), dtype=np.float64)
 
 
 @patch

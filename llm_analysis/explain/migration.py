@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['game_of', 'Both', 'both_values', 'same_order', 'Migration', 'sentences', 'migrate']
 
-# %% ../../nbs/explain/50_migration.ipynb #85b8df23
+# %% ../../nbs/explain/50_migration.ipynb #9c4e1185
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from ..core import need, stream
+from ..core import need
 from .auto import fewest, sampler_for
 from .coalitions import pack, pairs_of
 from .regression import banzhaf
-from .shapley import Estimate, Exact, Worth
+from .shapley import Estimate, Exact, Worth, draws
 from llm_analysis.explain.tokenshap import (
     Asked,
     Embed,
@@ -56,7 +56,7 @@ def game_of(
 
     return worth
 
-# %% ../../nbs/explain/50_migration.ipynb #cc63da51
+# %% ../../nbs/explain/50_migration.ipynb #01fc3b10
 @dataclass(frozen=True)
 class Both:
     "Shapley and Banzhaf values of one game, from the same coalitions"
@@ -78,7 +78,7 @@ def both_values(
     least, fix = fewest(n, "leverage"), "allow more, or explain shorter prompts"
     need(evaluations >= least, f"a budget of at least {least} for {n} players", got=evaluations, do=fix)
     sampler = sampler_for(n, evaluations)
-    coal = sampler.coalitions(n, lambda k: stream(seed, 0, f"explain: walk {k}"))
+    coal = sampler.coalitions(n, draws(seed, 0))
     found = worth(coal)
     shapley = sampler.estimate(coal, found)
     if isinstance(sampler, Exact):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Worth', 'EXACT_PLAYERS', 'PAIRS', 'all_coalitions', 'exact_values', 'prefixes', 'marginals', 'Estimate', 'worth_of',
-           'Sampler', 'Exact', 'Antithetic', 'shapley', 'leave_one_out']
+           'Sampler', 'Exact', 'Antithetic', 'draws', 'shapley', 'leave_one_out']
 
 # %% ../../nbs/explain/41_shapley.ipynb #ece78e5b
 from collections.abc import Callable
@@ -136,8 +136,16 @@ class Antithetic:
         errors, ends = pair.std(0, ddof=1) / np.sqrt(self.pairs), (worth_of(worth[0]), worth_of(worth[n]))
         return Estimate(pair.mean(0), errors, *ends, f"{self.pairs} antithetic pairs")
 
-# %% ../../nbs/explain/41_shapley.ipynb #a7b4b362
+# %% ../../nbs/explain/41_shapley.ipynb #ec4eadec
 Worth = Callable[[np.ndarray], np.ndarray]  # [coal, player] booleans -> [coal] or [coal, output] worths, all at once
+
+
+def draws(
+    seed: int,  # seed of the run
+    row_id: int | str,  # the row's own id
+) -> Draw:
+    "The random streams of one row's walks"
+    return lambda k: stream(seed, row_id, f"explain: walk {k}")
 
 
 def shapley(
@@ -149,7 +157,7 @@ def shapley(
     row_id: int | str = 0,  # the row's own id
 ) -> Estimate:
     "Shapley values of the players of one game"
-    coal = sampler.coalitions(n, lambda k: stream(seed, row_id, f"explain: walk {k}"))
+    coal = sampler.coalitions(n, draws(seed, row_id))
     return sampler.estimate(coal, np.asarray(worth(coal), dtype=np.float64))
 
 # %% ../../nbs/explain/41_shapley.ipynb #71d74bfa
