@@ -4,7 +4,7 @@
     python bench/explain_speed.py --sizes 15           the small one alone
     python bench/explain_speed.py --device cuda        on a GPU (1.1 B parameters, bfloat16)
 
-The peers are `pip install captum==0.9.0 TokenSHAP==0.2.2`; one that is not installed is left out, aloud. Each is called
+The peers come with `pip install -e '.[bench]'`; one that is not installed is left out, aloud. Each is called
 as its own documentation says, on the same random Llama and the same words:
 
 - *TokenSHAP*: its `LocalModel`, which writes 100 new tokens for each coalition.
