@@ -224,7 +224,7 @@ body{font:16px/1.6 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #8884;vertical-align:top}
-article{border:1px solid #8884;border-radius:.5rem;padding:.2rem 1rem 1rem;margin:1.2rem 0}
+article{border:1px solid #8884;border-radius:.5rem;padding:.2rem 1rem 1rem;margin:1.2rem 0;content-visibility:auto;contain-intrinsic-size:auto 30rem}
 .quiet{opacity:.75;font-size:.85rem}p,h1,h2,td{overflow-wrap:anywhere}img{max-width:100%}"""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ROWS', 'finish', 'merge', 'status', 'look_ahead', 'run']
 
-# %% ../../nbs/explain/50_run.ipynb #e5825993
+# %% ../../nbs/explain/50_run.ipynb #4d14b98b
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -39,7 +40,7 @@ from ..jobs.progress import Status
 from ..jobs.progress import status as status_of
 from ..jobs.results import Results, open_results
 
-# %% ../../nbs/explain/50_run.ipynb #375d9783
+# %% ../../nbs/explain/50_run.ipynb #6c7eee62
 def _provenance(settings: dict, left_out: int) -> dict:
     "What is needed to make the same numbers again"
     value, own = dict(settings["value"]), {k: v for k, v in settings.items() if k not in ("value", "batch_tokens")}
@@ -55,10 +56,11 @@ def _pages(done: Results, top_k: int) -> Summary:
     counts = dict(failed=done.count("failed"), reasons=tuple(reasons(done.without).items()))
     summary = Summary(settings["dataset"], name, done.folder, found, skipped, 0.0, top_k, **counts)
     title = f"What moved {settings['model']} on {settings['dataset']}"
-    page = report(found, title=title, facts=facts(summary), top_k=top_k)
+    pages = report(found, title=title, facts=facts(summary), top_k=top_k)
     with tempfile.TemporaryDirectory(dir=done.folder / "_job") as room:
-        write(Path(room), found, _provenance(settings, skipped), page)
-        for made in Path(room).iterdir():
+        write(Path(room), found, _provenance(settings, skipped), pages)
+        shutil.rmtree(done.folder / "pages", ignore_errors=True)  # of an earlier, larger run
+        for made in sorted(Path(room).iterdir()):
             os.replace(made, done.folder / made.name)
     return summary
 
