@@ -110,6 +110,10 @@ def test_same_run_same_bytes(done, folder, tmp_path):  # noqa: F811
     run(data, output_dir=tmp_path / "again", model=str(folder), seed=5, **OWN)
     for name in ("values.parquet", "samples.parquet", "report.html"):
         assert (tmp_path / "again" / name).read_bytes() == (done.output_dir / name).read_bytes()
+    (tmp_path / "again" / "pages").mkdir()
+    (tmp_path / "again" / "pages" / "0002.html").write_text("of an earlier, larger run")
+    module.finish(tmp_path / "again")
+    assert not (tmp_path / "again" / "pages").exists()
 
 
 def test_each_text_is_looked_at_once_before_work_begins(folder, tmp_path, monkeypatch):  # noqa: F811
