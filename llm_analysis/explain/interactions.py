@@ -141,7 +141,7 @@ def _html(a: Interactions, most: int = 12) -> str:
     small = f"<small>{escape(_headline(a))}<br>{escape(_effort(a))}{rest}</small>"
     return f'<div><p style="font-size:1.1em">{escape(visible_line(a.text))}</p>{bars}{small}</div>'
 
-# %% ../../nbs/explain/46_interactions.ipynb #61e3f5d0
+# %% ../../nbs/explain/46_interactions.ipynb #56a2beae
 @patch
 def plot(
     self: Interactions,
@@ -180,10 +180,11 @@ def arcs(
         angles = dict(theta1=0, theta2=180) if up else dict(theta1=180, theta2=360)
         ax.add_patch(Arc((middle, base), reach, 2 * (2 + 12 * reach / wide), **angles, **look))
         edge = base + (1 if up else -1) * (2 + 12 * reach / wide)
-        ax.text(middle, edge, f"{value:+.1f}", ha="center", va="bottom" if up else "top", fontsize=7)
+        label = f"{value:+.1f}"
+        ax.text(middle, edge + (0.5 if up else -0.5), label, ha="center", va="bottom" if up else "top", fontsize=7)
     for x, word in zip(at, words):
         ax.text(x, 0, word, ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
-    ax.set(xlim=(-1, wide), ylim=(-17, 17))
+    ax.set(xlim=(-1, wide), ylim=(-19, 19))
     ax.axis("off")
     return ax
 

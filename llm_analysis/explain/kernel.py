@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from scipy.linalg import cho_solve, cholesky, lapack
 from scipy.optimize import minimize
 
-# %% ../../nbs/explain/41_kernel.ipynb #1629a9ef
+# %% ../../nbs/explain/41_kernel.ipynb #2476883c
 STEEP = 3.0  # how far the size term bends; 0 would be a straight line
 LEVEL = 1.0  # variance of the mean of an even game
 
@@ -61,7 +61,7 @@ def _plain(s: Float[np.ndarray, "a player"], t: Float[np.ndarray, "b player"], e
 def size_term(
     s: Float[np.ndarray, "a player"], t: Float[np.ndarray, "b player"], even: bool = False
 ) -> Float[np.ndarray, "a b"]:
-    "What sizes have to do with each other; of signs only the mean counts"
+    "What the sizes of coalitions have to do with each other"
     x = STEEP * np.outer(s.mean(1), t.mean(1))
     return (np.cosh(x) - 1) / (np.cosh(STEEP) - 1) if even else np.sinh(x) / np.sinh(STEEP)
 

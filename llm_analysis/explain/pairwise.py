@@ -38,7 +38,14 @@ def exact_interactions(
             found[i, j] = found[j, i] = _shares(n)[size] @ both
     return found.reshape(n, n, *worth.shape[1:])
 
-# %% ../../nbs/explain/42_pairwise.ipynb #98036bf4
+# %% ../../nbs/explain/42_pairwise.ipynb #6bcd3f8c
+def _ends(n: int) -> Float[np.ndarray, "2 player"]:
+    "Signs of everybody, and of everybody but one"
+    signed = np.ones((2, n))
+    signed[1, 0] = -1.0
+    return signed
+
+
 def noise_interactions(
     coal: Bool[np.ndarray, "pair player"],
     i: int,  # a player
@@ -68,12 +75,12 @@ def interaction_shares(
         found += np.where(coal, whole @ (1 / (1 + way * part)).T, whole @ (1 / (1 - way * part)).T)
     found *= 2 * kernel.joint * (theta[i] * s[:, [i]]) * (theta * s)
     found += 8 * kernel.single / (n * (n - 1)) * s[:, [i]] * s
-    ends = size_term(s, np.array([[1.0], [1 - 2 / n]]), True)
+    ends = size_term(s, _ends(n), True)
     found += 2 * kernel.size / (n - 1) * (ends[:, [0]] - ends[:, [1]])
     found[:, i] = 0.0
     return found + kernel.noise * noise_interactions(coal, i)
 
-# %% ../../nbs/explain/42_pairwise.ipynb #e654a475
+# %% ../../nbs/explain/42_pairwise.ipynb #559eab1f
 def interaction_prior(
     kernel: Kernel,  # of even games
 ) -> tuple[Float[np.ndarray, "player player"], Float[np.ndarray, " player"]]:
@@ -87,8 +94,8 @@ def interaction_prior(
     whole = np.exp(np.log1p(part).sum(0) + pair_scale(kernel.reach)) * weight
     factor = theta[:, None] / (1 + part)
     each = 4 * kernel.joint * (factor * whole) @ factor.T + 32 * kernel.single / (n * (n - 1))
-    ends = np.array([[1.0], [1 - 2 / n]])
-    each += kernel.size * (2 / (n - 1)) ** 2 * (np.array([1, -1]) @ size_term(ends, ends, True) @ [1, -1])
+    (whole, less), (_, least) = size_term(_ends(n), _ends(n), True)
+    each += kernel.size * (2 / (n - 1)) ** 2 * (whole - 2 * less + least)
     each += 8 * kernel.noise * (_shares(n) ** 2 @ [comb(n - 2, k) for k in range(n - 1)])
     each[np.diag_indices(n)] = 0.0
     full, less = np.ones((1, n)), 1 - 2 * np.eye(n)
