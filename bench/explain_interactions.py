@@ -3,7 +3,7 @@
 usage: python bench/explain_interactions.py [PART ...] --tables FILE.npz [--seeds N] [--peers FILE.csv ...] [--save FILE.csv]
        python bench/explain_interactions.py shapiq --tables FILE.npz --save FILE.csv [--seeds N] [--only NAME ...]
 
-PARTS (both without one): tiny large
+PARTS (both without one): tiny large; or tell, to show the tables of --peers again
 shapiq    the estimators of shapiq on the same games, in the environment that `explain_peers.py` describes
 --tables  worths of the tiny model's texts as `bench/explain_games.py` writes them
 --seeds   draws of each game (5)
@@ -155,7 +155,7 @@ def tell(t: pd.DataFrame) -> None:
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("part", nargs="*", help="tiny large; or shapiq")
+    ask.add_argument("part", nargs="*", help="tiny large; shapiq; tell")
     ask.add_argument("--tables", required=True, help="worths of the tiny model's texts")
     ask.add_argument("--seeds", type=int, default=5)
     ask.add_argument("--only", nargs="*", default=[])
@@ -170,11 +170,13 @@ def main() -> None:
             for name, make in every.items():
                 if not (name in SLOW and (seed or game.n == 50)):
                     rows += theirs(game, name, make, evaluations, seed)
+            print(f"{time.process_time():7.0f} s  {game.name}, {evaluations}", file=sys.stderr, flush=True)
+            pd.DataFrame(rows).to_csv(a.save, index=False)
     else:
         for game, evaluations, seed in games(a.tables, parts, a.seeds):
             rows += ours(game, evaluations, seed)
         tell(pd.concat([pd.DataFrame(rows), *(pd.read_csv(p) for p in a.peers)]))
-    if a.save:
+    if a.save and rows:
         pd.DataFrame(rows).to_csv(a.save, index=False)
 
 
