@@ -141,7 +141,7 @@ def _html(a: Interactions, most: int = 12) -> str:
     small = f"<small>{escape(_headline(a))}<br>{escape(_effort(a))}{rest}</small>"
     return f'<div><p style="font-size:1.1em">{escape(visible_line(a.text))}</p>{bars}{small}</div>'
 
-# %% ../../nbs/explain/46_interactions.ipynb #56a2beae
+# %% ../../nbs/explain/46_interactions.ipynb #bcbaa4bc
 @patch
 def plot(
     self: Interactions,
@@ -156,7 +156,7 @@ def plot(
     names = axis_names(self, shown.tolist())
     return heatmap(self.values[np.ix_(shown, shown)], names, names, label=visible_line(self.unit), ax=ax)
 
-
+# %% ../../nbs/explain/46_interactions.ipynb #52589c4f
 @patch
 def arcs(
     self: Interactions,
@@ -180,8 +180,8 @@ def arcs(
         angles = dict(theta1=0, theta2=180) if up else dict(theta1=180, theta2=360)
         ax.add_patch(Arc((middle, base), reach, 2 * (2 + 12 * reach / wide), **angles, **look))
         edge = base + (1 if up else -1) * (2 + 12 * reach / wide)
-        label = f"{value:+.1f}"
-        ax.text(middle, edge + (0.5 if up else -0.5), label, ha="center", va="bottom" if up else "top", fontsize=7)
+        place = dict(ha="center", va="bottom" if up else "top", bbox=dict(fc="white", ec="none", pad=0.5))
+        ax.text(middle, edge + (0.5 if up else -0.5), f"{value:+.1f}", fontsize=7, **place)
     for x, word in zip(at, words):
         ax.text(x, 0, word, ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
     ax.set(xlim=(-1, wide), ylim=(-19, 19))

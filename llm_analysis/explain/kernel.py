@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from scipy.linalg import cho_solve, cholesky, lapack
 from scipy.optimize import minimize
 
-# %% ../../nbs/explain/41_kernel.ipynb #2476883c
+# %% ../../nbs/explain/41_kernel.ipynb #263d9f07
 STEEP = 3.0  # how far the size term bends; 0 would be a straight line
 LEVEL = 1.0  # variance of the mean of an even game
 
@@ -36,7 +36,7 @@ def signs(coal: Bool[np.ndarray, "coal player"]) -> Float[np.ndarray, "coal play
     "+1 for a member, -1 for the others"
     return 2.0 * coal - 1.0
 
-
+# %% ../../nbs/explain/41_kernel.ipynb #c393bf2a
 def _bent(
     s: Float[np.ndarray, "a player"], t: Float[np.ndarray, "b player"], reach: Float[np.ndarray, " player"], even=False
 ) -> tuple[Float[np.ndarray, "a b"], Float[np.ndarray, "a b"]]:  # sinh and cosh, over the sinh of the largest

@@ -19,7 +19,7 @@ from .pairwise import interaction_prior, interaction_shares
 from .process import LEARNED, Solved, halves, solved
 from .regression import pair_weights
 
-# %% ../../nbs/explain/43_together.ipynb #5b7f1b46
+# %% ../../nbs/explain/43_together.ipynb #b68e3fdd
 PLAYERS = 128  # at the most: there are half as many pairs of players as the square of it
 PAIRS_AT_MOST = 5000  # pairs of complements in one matrix
 
@@ -46,7 +46,7 @@ def check_room(
     most = f"at most {PAIRS_AT_MOST:,} pairs of complements"
     need(count <= PAIRS_AT_MOST, most, got=f"{count:,}", do=f"allow at most {2 + 2 * PAIRS_AT_MOST:,} evaluations")
 
-
+# %% ../../nbs/explain/43_together.ipynb #cd4462a2
 def _checked(pairs: Pairs, coal, y) -> tuple[Kernel, Solved, np.ndarray, np.ndarray]:
     "The kernel, what was conditioned on it, what was missed, and by what variances have to be multiplied"
     count = len(pairs.coal)
