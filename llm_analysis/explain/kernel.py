@@ -158,7 +158,7 @@ def prior(
     pair[np.diag_indices(n)] += kernel.single * 4 / n
     return pair + kernel.size * 4 / n**2 + kernel.noise * _noise_prior(n)
 
-# %% ../../nbs/explain/41_kernel.ipynb #8abdf73a
+# %% ../../nbs/explain/41_kernel.ipynb #63cc4686
 JITTER = 1e-8  # variance added to each worth against rounding
 _MEAN = np.array([0.0, 0.0, -1.0, -4.0])  # logarithms of joint, single, size, noise before anything was seen
 _DEVIATION = np.array([3.0, 3.0, 3.0, 4.0])
@@ -175,7 +175,7 @@ def _drift(
     mean, scale = _flat(reach) * np.tanh(reach), 1 + np.exp(-2 * top) - _flat(reach)
     return mean / scale, scale / (-np.expm1(-2 * top) - mean)
 
-
+# %% ../../nbs/explain/41_kernel.ipynb #6c13459c
 def _evidence(
     q: Float[np.ndarray, " knob"],  # logarithms of the reaches and of the four variances
     s: Float[np.ndarray, "pair player"],

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLAYERS', 'PAIRS_AT_MOST', 'Together', 'check_room', 'together']
 
-# %% ../../nbs/explain/43_together.ipynb #0400c5c4
+# %% ../../nbs/explain/43_together.ipynb #23b70ffd
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.linalg import solve_triangular
 
 from ..core import need
@@ -46,8 +46,12 @@ def check_room(
     most = f"at most {PAIRS_AT_MOST:,} pairs of complements"
     need(count <= PAIRS_AT_MOST, most, got=f"{count:,}", do=f"allow at most {2 + 2 * PAIRS_AT_MOST:,} evaluations")
 
-# %% ../../nbs/explain/43_together.ipynb #cd4462a2
-def _checked(pairs: Pairs, coal, y) -> tuple[Kernel, Solved, np.ndarray, np.ndarray]:
+# %% ../../nbs/explain/43_together.ipynb #98d69a0c
+def _checked(
+    pairs: Pairs,
+    coal: Bool[np.ndarray, "pair player"],  # everybody, then the pairs
+    y: Float[np.ndarray, "pair output"],  # even parts, with a mean square of 1
+) -> tuple[Kernel, Solved, Float[np.ndarray, "some output"], Float[np.ndarray, " output"]]:
     "The kernel, what was conditioned on it, what was missed, and by what variances have to be multiplied"
     count = len(pairs.coal)
     many = count > LEARNED * 5 // 4
