@@ -28,7 +28,7 @@ def sorted_alike(
     alike = (table[1:] == table[:-1]) & (table[1:] >= 0)
     return order, np.append(0, np.cumprod(alike, axis=1).sum(1))
 
-# %% ../../nbs/lm/23_tree.ipynb #d4f0514b
+# %% ../../nbs/lm/23_tree.ipynb #b1ebb2ab
 TREE = "tree"  # the name of this route
 NARROW, WIDEST = 256, 1024  # tokens of a full row, unless one sequence is longer
 
@@ -63,7 +63,7 @@ def _together(
         group, answers = [*group, row], answers + row[2]
     yield group
 
-
+# %% ../../nbs/lm/23_tree.ipynb #a187dd20
 def plan_tree(
     sequences: Sequence[Tokens],
     *,
