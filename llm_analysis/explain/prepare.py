@@ -217,7 +217,7 @@ class Machine:
     route: str = "auto"
     batch_tokens: int | None = None
 
-# %% ../../nbs/explain/48_prepare.ipynb #42b021af
+# %% ../../nbs/explain/48_prepare.ipynb #16df640f
 def opened(
     source: Source,
     length_column: str | None = None,  # column of lengths that a plan will be made of
@@ -240,7 +240,7 @@ def translation(
     "What a sampling ratio comes to, in evaluations"
     if ask.sampling_ratio is None:
         return None
-    players = [n for i, n in zip(sizes.ids.tolist(), sizes.players.tolist()) if i not in sizes.left_out]
+    players = sizes.players[sizes.kept].tolist()
     counts, most = [ask.limit(n) for n in players], ask.budget or CAP * max(players)
     cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) for n in players)
     of = f"sampling ratio {ask.sampling_ratio:g}: {min(counts):,} to {max(counts):,} evaluations a row"

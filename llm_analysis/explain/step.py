@@ -210,7 +210,7 @@ def targets_of(
     unit = a.unit.removesuffix(f": {r['targets'][r['focus']]}")
     return replace(a, **numbers, unit=unit, targets=tuple(r["targets"]), focus=r["focus"])
 
-# %% ../../nbs/explain/47_step.ipynb #9af40684
+# %% ../../nbs/explain/47_step.ipynb #b1e8ff2c
 @dataclass(frozen=True)
 class Sizes:
     "What was found out about rows before any work"
@@ -220,6 +220,11 @@ class Sizes:
     players: Int[np.ndarray, " _"]  # of each row
     left_out: dict[int, str]  # id of each row that is not explained → why
     room: int = 0  # tokens that are needed behind a prompt
+
+    @property
+    def kept(self) -> Int[np.ndarray, " _"]:
+        "Places of the rows that are explained"
+        return np.flatnonzero(~np.isin(self.ids, list(self.left_out)))
 
     def of(
         self,
