@@ -15,6 +15,15 @@ LARGE = {50: {2: 10, 4: 10, 10: 10}, 128: {2: 10, 4: 5, 10: 10}, 512: {2: 10, 10
 OTHER = {50: {2: 10, 10: 5}, 128: {2: 10}}
 
 
+MISSED: list[str] = []  # claims that did not hold
+
+
+def claim(said: str, held: bool) -> None:
+    "Print what was claimed and measured; the script that asks ends with status 1 where one did not hold"
+    print(said if held else f"{said} NOT HELD")
+    MISSED.extend([] if held else [said])
+
+
 @dataclass(frozen=True)
 class Known:
     "A game, its players and its Shapley values"
@@ -23,6 +32,7 @@ class Known:
     n: int
     worth: Callable[[np.ndarray], np.ndarray]  # [coalition, player] booleans -> worths
     truth: np.ndarray
+    together: np.ndarray | None = None  # Shapley interaction index of each pair of players, where it is known
 
 
 def relative(values: np.ndarray, game: Known) -> float:
@@ -39,11 +49,24 @@ def shapley_of_table(table: np.ndarray) -> np.ndarray:
     return np.array([(np.diff(cube, axis=i) * weight[size.take([0], axis=i)]).sum() for i in range(n)])
 
 
+def interactions_of_table(table: np.ndarray) -> np.ndarray:
+    "By the definition, too, as four slices of the table for each pair of players"
+    n = len(table).bit_length() - 1
+    size = np.array([bin(r).count("1") for r in range(2 ** (n - 2))])
+    weight = np.array([1 / ((n - 1) * comb(n - 2, k)) for k in range(n - 1)])[size]
+    found, cube = np.zeros((n, n)), table.reshape((2,) * n)
+    for i in range(n):
+        for j in range(i + 1, n):
+            (a, b), (c, d) = np.moveaxis(cube, (i, j), (0, 1)).reshape(2, 2, -1)
+            found[i, j] = found[j, i] = weight @ (a - b - c + d)
+    return found
+
+
 def of_table(name: str, table: np.ndarray) -> Known:
     "A game that is looked up"
     n = len(table).bit_length() - 1
     place = 1 << np.arange(n - 1, -1, -1)
-    return Known(name, n, lambda coal: table[coal @ place], shapley_of_table(table))
+    return Known(name, n, lambda coal: table[coal @ place], shapley_of_table(table), interactions_of_table(table))
 
 
 def tiny_tables() -> dict[str, np.ndarray]:
@@ -79,9 +102,12 @@ def tiny_tables() -> dict[str, np.ndarray]:
 
 def _groups(name: str, n: int, groups: list, prizes: np.ndarray) -> Known:
     "A sum of prizes, each paid if a whole group is there and shared equally by it"
-    truth = np.zeros(n)
+    truth, together = np.zeros(n), np.zeros((n, n))
     for group, prize in zip(groups, prizes):
         truth[group] += prize / len(group)
+        if len(group) > 1:
+            together[np.ix_(group, group)] += prize / (len(group) - 1)
+    np.fill_diagonal(together, 0.0)
 
     def worth(coal):
         total = np.zeros(len(coal))
@@ -89,7 +115,7 @@ def _groups(name: str, n: int, groups: list, prizes: np.ndarray) -> Known:
             total += prize * coal[:, group].all(1)
         return total
 
-    return Known(name, n, worth, truth)
+    return Known(name, n, worth, truth, together)
 
 
 def unanimity(n: int, seed: int) -> Known:

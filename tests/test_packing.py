@@ -210,14 +210,15 @@ def test_any_tree_holds_every_sequence_once(sequences, budget, max_answers):
         [np.array([len(s) - 1]) for s in seqs],
     )
     assert sorted(i for f in p.forwards for i in f.members) == list(range(len(seqs)))
-    assert p.useful == sum(map(len, seqs)) >= p.computed == sum(f.width for f in p.forwards)
+    assert p.useful == sum(map(len, seqs)) and p.computed == sum(len(f.rows) * f.width for f in p.forwards)
     for f in p.forwards:
-        prefixes = {tuple(seqs[i][:k]) for i in f.members for k in range(1, len(seqs[i]) + 1)}
-        assert f.width == len(prefixes) and (f.width <= budget or len(f.members) == 1)
-        assert len(f.members) <= max_answers
-        ids, depth, sees, gather = lay_out_tree(f, seqs, asked)
-        assert [ids[sees[g]].tolist() for g in gather] == [seqs[i].tolist() for i in f.members]
-        assert (depth == sees.sum(1) - 1).all()
+        prefixes = [{tuple(seqs[i][:k]) for i in row for k in range(1, len(seqs[i]) + 1)} for row in f.rows]
+        assert f.width == max(map(len, prefixes)) and len(f.members) <= max_answers
+        assert len(f.rows) * f.width <= budget or len(f.members) == 1
+        for row in f.rows:
+            ids, depth, sees, gather = lay_out_tree(row, seqs, asked)
+            assert [ids[sees[g]].tolist() for g in gather] == [seqs[i].tolist() for i in row]
+            assert (depth == sees.sum(1) - 1).all()
 
 
 @pytest.mark.parametrize("family", CONFIGS)

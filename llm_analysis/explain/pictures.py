@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['axis_names', 'waterfall', 'target_map', 'Comparison', 'compare', 'forest']
 
-# %% ../../nbs/explain/45_pictures.ipynb #ab087823
+# %% ../../nbs/explain/45_pictures.ipynb #f8ec1ac0
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,9 +22,9 @@ from .result import Attribution, signed
 from ..text import visible_line
 from ..viz import PALETTE, heatmap
 
-# %% ../../nbs/explain/45_pictures.ipynb #ea4cef93
+# %% ../../nbs/explain/45_pictures.ipynb #3f6582aa
 def axis_names(
-    a: Attribution,
+    a: Any,  # an attribution, or whatever has `players`
     shown: list[int],  # players
     width: int = 18,  # characters of a word at the most
 ) -> list[str]:

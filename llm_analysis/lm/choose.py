@@ -95,7 +95,7 @@ def branches(
     tree = _planned(TREE, sequences, asked, budget=budget, max_answers=max_answers)
     return tree if tree.computed <= 0.9 * tree.useful else None
 
-# %% ../../nbs/lm/26_choose.ipynb #0cbd4397
+# %% ../../nbs/lm/26_choose.ipynb #68beb879
 def ranking(
     lm: LM,
     sequences: Sequence[Tokens],
@@ -110,8 +110,7 @@ def ranking(
     lengths, limits = np.array([len(s) for s in sequences]), dict(budget=budget, max_answers=max_answers)
     saved = round(4 * math.log2(tree.useful / tree.computed)) if tree else None
     key = (*identity(lm), torch.get_num_threads(), budget, places is None, saved, *_kind(lengths))
-    names = () if tree is None else (TREE,)
-    names = (*names, *ROUTES) if tree and 3 * tree.computed <= 2 * tree.useful else (*ROUTES, *names)
+    names = ROUTES if tree is None else (TREE, *ROUTES)
     _SEEN[key] = _SEEN.get(key, 0) + int(lengths.sum())
     if key not in _RANKED and _SEEN[key] >= 8 * 2 * len(names) * budget:
         works = [_planned(r, sequences, asked, **limits) for r in ROUTES] + [tree] * bool(tree)

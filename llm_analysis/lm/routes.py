@@ -151,14 +151,20 @@ def _apart(
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
     return mask[:, None]
 
-# %% ../../nbs/lm/24_routes.ipynb #3a5be2a3
+# %% ../../nbs/lm/24_routes.ipynb #e65c9ee9
 def _branches(forward: Forward, sequences: Sequence[Tokens], asked: Sequence[Places], lm: LM) -> tuple[Inputs, dict]:
-    "A row as a tree, and what the model is given for it"
-    ids, depth, sees, gather = lay_out_tree(forward, sequences, asked)
+    "Rows that are trees, and what the model is given for them"
+    trees = [lay_out_tree(row, sequences, asked) for row in forward.rows]
+    width = max(len(tokens) for tokens, *_ in trees)
+    ids, depth = np.zeros((2, len(trees), width), dtype=np.int64)
+    sees = np.eye(width, dtype=bool)[None].repeat(len(trees), 0)  # whoever fills up a row sees itself
+    for r, (tokens, down, ancestors, _) in enumerate(trees):
+        ids[r, : len(tokens)], depth[r, : len(tokens)] = tokens, down
+        sees[r, : len(tokens), : len(tokens)] = ancestors
     mask = torch.zeros(sees.shape, dtype=lm.dtype).masked_fill(torch.from_numpy(~sees), torch.finfo(lm.dtype).min)
-    given = dict(input_ids=torch.from_numpy(ids)[None], position_ids=torch.from_numpy(depth)[None])
-    given = {k: v.to(lm.device) for k, v in (given | dict(attention_mask=mask[None, None])).items()}
-    return Inputs(ids[None], depth[None], (), gather), given
+    given = dict(input_ids=torch.from_numpy(ids), position_ids=torch.from_numpy(depth), attention_mask=mask[:, None])
+    gather = np.concatenate([r * width + places for r, (*_, places) in enumerate(trees)])
+    return Inputs(ids, depth, (), gather), {k: v.to(lm.device) for k, v in given.items()}
 
 
 def _given(lm: LM, route: str, forward: Forward, sequences: Sequence[Tokens], inputs: Inputs, kept: bool) -> dict:
@@ -284,7 +290,7 @@ def rounding(
     need(noise <= 32 * unit, "a model that sees only the past", got=got, do="use a causal model")
     return alone, 4 * noise + 4 * unit
 
-# %% ../../nbs/lm/24_routes.ipynb #360c0b02
+# %% ../../nbs/lm/24_routes.ipynb #19616a1f
 def judge(
     lm: LM,
     route: str,  # one of ROUTES
@@ -297,7 +303,8 @@ def judge(
     "Whether neighbours change nothing on `route`, and together is alone"
     (first, second), lengths = draws, [len(s) for s in draws[0]]
     shape = dict(budget=max(4 * reach, 64), row=max(reach + 8, sum(lengths) // 2), slack=float("inf"))
-    work = plan_tree(first, budget=2 * sum(lengths)) if route == TREE else plan(route, lengths, **shape)
+    tree = dict(row=sum(lengths) // 2, budget=4 * sum(lengths))  # two rows or three, one of them filled up
+    work = plan_tree(first, **tree) if route == TREE else plan(route, lengths, **shape)
     numbers, neighbours = range(len(first)), 0.0
     pick = lambda kept, a, b: None if a is None else [a[i] if i in kept else b[i] for i in numbers]
     try:
