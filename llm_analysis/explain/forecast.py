@@ -202,8 +202,8 @@ class Forecast:
     computed: float  # tokens for all of them
 
     def ratio(self, k: int) -> float:
-        "Evaluations of a row as a share of all coalitions: an earlier tool's sampling ratio"
-        return int(self.evaluations[k]) / (2 ** int(self.players[k]) - 1)
+        "Evaluations of a row but the empty one, as a share of all: an earlier tool's sampling ratio"
+        return (int(self.evaluations[k]) - 1) / (2 ** int(self.players[k]) - 1)
 
 # %% ../../nbs/explain/49_forecast.ipynb #43ff2ba8
 def forecast(

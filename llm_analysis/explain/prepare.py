@@ -242,7 +242,7 @@ def translation(
         return None
     players = sizes.players[sizes.kept].tolist()
     counts, most = [ask.limit(n) for n in players], ask.budget or CAP * max(players)
-    cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) for n in players)
+    cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) - 1 for n in players)
     of = f"sampling ratio {ask.sampling_ratio:g}: {min(counts):,} to {max(counts):,} evaluations a row"
     cap = f"at most {most:,}" if ask.budget else f"at most {CAP} a player"
     return f"{of} ({min(players)} to {max(players)} players); {cut:,} of {len(players):,} rows are cut, to {cap}"

@@ -79,7 +79,7 @@ def limit(
     "Evaluations of a row of `n` players at the most"
     if self.sampling_ratio is None:
         return self.budget
-    wanted = ceil(Fraction(self.sampling_ratio) * (2**n - 1))
+    wanted = 1 + ceil(Fraction(self.sampling_ratio) * (2**n - 1))  # and the empty one, which it did not count
     return min(2**n, max(fewest(n, self.estimator), min(wanted, self.budget or CAP * n)))
 
 
