@@ -107,6 +107,7 @@ def advise(
     hours: float = 1.0,  # that a shard may take
 ) -> tuple[Advice, dict[int, Game]]:  # the pilot's games, by row id, for the run to go on with
     "Measure the speed, explain a few rows, and predict the rest"
+    need(seconds > 0 < hours, "seconds and hours above 0", got=(seconds, hours), do="allow a pilot a few seconds")
     usable = ready.sizes.kept
     middle = int(usable[np.argsort(ready.sizes.tokens[usable])[len(usable) // 2]])
     speed = measure_speed(ready, ready.rows.dataset[middle], seconds=min(0.3, seconds / 10))

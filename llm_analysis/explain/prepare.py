@@ -26,7 +26,7 @@ from .named import value_named
 from .players import check_request
 from .removal import check_removal, removal_named
 from .step import CAP, Ask, Explain, Sizes
-from .units import check_unit
+from .units import matches
 from ..lm.model import LM, load
 
 # %% ../../nbs/explain/48_prepare.ipynb #2c1fbaa8
@@ -272,7 +272,7 @@ def _value(rows: Rows, request: Request, template: str) -> Value:
     need(one, what, got=repr(request.players), do="name one of these")
     check_removal(request.measure.removal)
     if request.measure.pinned is not None:
-        check_unit(f"regex:{request.measure.pinned}")
+        matches("", request.measure.pinned, "what is pinned")  # refuses a broken pattern
     return value_of(request.measure, request.label_words, rows.labels, request.chat)
 
 # %% ../../nbs/explain/48_prepare.ipynb #24aacff4
