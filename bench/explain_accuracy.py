@@ -8,6 +8,8 @@ PARTS (all of them without one): tiny large other design coverage stop limits
 --peers   what other packages reached: columns estimator, game, evaluations, seed, error (relative squared error)
 --save    where to write the same columns of this run
 
+The exit status is 1 where a claim did not hold.
+
 Claims: `auto` at 512 evaluations of the tiny games has a median relative squared error of at most 0.002, 40 times less
 than TokenSHAP's estimate and 10 times less than random orders; on sums of prizes with 50 to 512 players it is not worse than
 the best of the single estimators at 10 evaluations a player, nor than antithetic orders at 2; intervals of 1.96 standard
@@ -21,7 +23,19 @@ import time
 
 import numpy as np
 import pandas as pd
-from explain_games import FAMILIES, LARGE, OTHER, TINY, Known, of_table, relative, tiny_tables, unanimity
+from explain_games import (
+    FAMILIES,
+    LARGE,
+    MISSED,
+    OTHER,
+    TINY,
+    Known,
+    claim,
+    of_table,
+    relative,
+    tiny_tables,
+    unanimity,
+)
 
 from llm_analysis.core import stream
 from llm_analysis.explain.auto import estimate
@@ -105,18 +119,19 @@ def tell_tiny(t: pd.DataFrame) -> None:
         print(f"Median relative squared error, {kind or 'all eleven texts'}:\n")
         show(part.groupby(["estimator", "evaluations"]).error.median().unstack())
     at = t[t.evaluations == 512].groupby("estimator").error.median()
-    print(f"`auto` at 512 evaluations: {at['auto']:.4f} (claim: at most 0.002).")
-    raw, once = (at[name] / at["auto"] for name in ("TokenSHAP's estimate", "orders, one way"))
-    print(
-        f"TokenSHAP's estimate errs {raw:.0f} times as much (claim: 40), orders walked once {once:.0f} times (10).\n"
-    )
+    claim(f"`auto` at 512 evaluations: {at['auto']:.5f} (claim: at most 0.002).", at["auto"] <= 0.002)
+    for name, least in (("TokenSHAP's estimate", 40), ("orders, one way", 10)):
+        times = at[name] / at["auto"]
+        claim(f"{name}: errs {times:.0f} times as much (claim: {least}).", times >= least)
     rivals = at[[name for name in at.index if name not in OURS and name not in OTHERS]]
     if len(rivals):
-        print(
-            f"The best of the other packages, {rivals.idxmin()}: {rivals.min():.5f}; `auto` errs {at['auto'] / rivals.min():.2f} times as much (claim: at most 1.1).\n"
-        )
+        times, best = at["auto"] / rivals.min(), f"{rivals.idxmin()}: {rivals.min():.5f}"
+        said = f"The best of the other packages, {best}; `auto` errs {times:.2f} times as much (claim: at most 1.1)."
+        claim(said, times <= 1.1)
     ours = t[t.estimator.isin(OURS)]
-    print(f"Largest efficiency gap relative to the largest value: {ours.gap.max():.1e}.\n")
+    claim(
+        f"Largest efficiency gap over the largest value: {ours.gap.max():.1e} (claim: 1e-8).\n", ours.gap.max() <= 1e-8
+    )
 
 
 def spread_of(make, sizes: dict, names: tuple) -> pd.DataFrame:
@@ -162,6 +177,15 @@ def tell_spread(t: pd.DataFrame, title: str) -> None:
     ratio.index = [f"{game}, {each} a player" for game, each in ratio.index]
     ratio.index.name = "`auto` over …, on the same games"
     show(ratio, 3)
+    if t.game.str.startswith("unanimity").all():
+        for cell, row in ratio.iterrows():
+            rivals, most = (
+                (row.drop("trees", errors="ignore"), 1.0) if "10 a player" in cell else (row[["permutation"]], 1.1)
+            )
+            if "4 a player" not in cell:
+                said = f"{cell}: at most {rivals.max():.2f} times the error of any of these (claim: {most})."
+                claim(said, rivals.max() <= most)
+        print()
 
 
 def tell_all(t: pd.DataFrame) -> None:
@@ -226,7 +250,8 @@ def coverage(games: list[Known]) -> None:
         .rename(columns=dict(mean="intervals that hold", count="runs"))
     )
     show(by, 3)
-    print(f"All {len(t):,} runs: {t.held.mean():.3f} (claim: 0.93 to 0.97).\n")
+    held = t.held.mean()
+    claim(f"All {len(t):,} runs: {held:.3f} (claim: 0.93 to 0.97).\n", 0.93 <= held <= 0.97)
 
 
 def stop(games: list[Known], seeds: int) -> None:
@@ -250,7 +275,11 @@ def stop(games: list[Known], seeds: int) -> None:
         }
     )
     show(table, 3)
-    print("(Claims for 0.1: a median of at most 300 at 14 players, and 0.12.)\n")
+    _, _, many, _, worst, _ = table.loc[0.1]
+    said = (
+        f"tol 0.1: {many:.0f} evaluations at 14 players (claim: 300), a largest error of {worst:.3f} (claim: 0.12).\n"
+    )
+    claim(said, many <= 300 and worst <= 0.12)
 
 
 def limits() -> None:
@@ -269,12 +298,13 @@ def limits() -> None:
     spent = time.process_time() - spent - asked[0]
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     wall = time.perf_counter() - began
-    print(f"512 players, 10,000 evaluations: {spent:.1f} s of processor time without the worths (claim: 10),")
-    print(f"{wall:.1f} s by the clock with them, {more:.0f} MB above a run of 600 evaluations (claim: 200);")
+    said = f"512 players, 10,000 evaluations: {spent:.1f} s of processor time without the worths (claim: 10),"
+    said += f"\n{wall:.1f} s by the clock with them, {more:.0f} MB above a run of 600 evaluations (claim: 200);"
+    claim(said, spent <= 10 and more <= 200)
     print(f"relative squared error {relative(found.values, game):.3f}, {found.method}.\n")
 
 
-def main() -> None:
+def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("part", nargs="*", help="tiny large other design coverage stop limits; all without one")
     ask.add_argument("--tables", help="worths of the tiny model's texts")
@@ -310,6 +340,7 @@ def main() -> None:
         coverage(games)
     if "stop" in parts:
         stop(games, a.seeds)
+    return 1 if MISSED else 0
 
 
 def with_peers(own: pd.DataFrame, peers: pd.DataFrame) -> pd.DataFrame:

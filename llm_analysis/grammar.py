@@ -132,7 +132,12 @@ def split(
         word = "--help" if word == "-h" else word
         if not re.match(r"--?[A-Za-z]", word):
             need(bare != [], "options only", got=repr(word), do="options begin with two hyphens; see --help")
-            need(not any(o.bare for o, _ in given), f"one {bare[0].spelling}", got=f"also {word!r}", do="quote spaces")
+            need(
+                not any(o.bare for o, _ in given),
+                f"one {bare[0].spelling}",
+                got=f"also {word!r}",
+                do="quote spaces, and put commas between several values",
+            )
             given.append((bare[0], word))
             continue
         name, equals, value = word.removeprefix("--").partition("=")

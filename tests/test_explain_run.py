@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -343,41 +344,51 @@ def test_a_column_of_lengths_is_checked_before_the_model_is_loaded(tmp_path, mon
 
 KILLED = """
 import sys
+from llm_analysis.explain.prepare import Effort
 from llm_analysis.explain.run import run
 from llm_analysis.jobs.job import JobOptions
 if __name__ == "__main__":
-    run(sys.argv[1], output_dir=sys.argv[2], model=sys.argv[3], prompt="Review: {text}\\nSentiment:", seed=5,
-        label_words=[" good", " bad"], device="cpu", route="padded",
-        jobs=JobOptions(num_workers=2, max_batch_size=1, part_rows=1))
+    data, out, model, *share = sys.argv[1:]
+    own = dict(num_shards=4, shard_index=int(share[0])) if share else dict(num_workers=4)
+    run(data, output_dir=out, model=model, prompt="Review: {text}\\nSentiment:", label_words=[" good", " bad"], seed=5,
+        device="cpu", route="padded", effort=Effort(budget=128), jobs=JobOptions(max_batch_size=1, part_rows=1, **own))
 """
 
 
+def killed(commands: list[list[str]], parts: Path, times: int) -> int:
+    "Run the commands side by side, kill one of them at random after each few new parts, and start it again"
+    rng, kills, quiet = np.random.default_rng(0), 0, dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    start = lambda command: subprocess.Popen(command, **quiet)
+    live = {i: start(command) for i, command in enumerate(commands)}
+    count, until = lambda: len(list(parts.glob("*.parquet"))), int(rng.integers(1, 4))
+    while live:
+        time.sleep(0.02)
+        live = {i: p for i, p in live.items() if p.poll() is None}
+        if live and kills < times and count() >= until:
+            i = int(rng.choice(list(live)))
+            live[i].kill()
+            live[i].wait()
+            live[i], kills, until = start(commands[i]), kills + 1, count() + int(rng.integers(1, 4))
+    return kills
+
+
 @pytest.mark.slow
-def test_killed_ten_times_under_two_workers(folder, tmp_path):  # noqa: F811
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["four workers", "four shards"])
+def test_killed_twenty_times(folder, tmp_path, how):  # noqa: F811
     "The table of a run that was killed again and again is that of an undisturbed one"
-    texts = [f"{LONG} It was visit {i}" for i in range(40)]
-    data, script = rows_file(tmp_path / "mine.jsonl", texts), tmp_path / "killed.py"
+    data = rows_file(tmp_path / "mine.jsonl", [f"{LONG} It was visit {i}" for i in range(120)])
+    script, out = tmp_path / "killed.py", tmp_path / "out"
     script.write_text(KILLED)
-    rng, out = np.random.default_rng(0), tmp_path / "out"
     command = [sys.executable, str(script), data, str(out), str(folder)]
-    kills = 0
-    while kills < 10:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(6 + 4 * rng.random())
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    last = subprocess.run(command, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr[-2000:]
-    whole = run(data, output_dir=tmp_path / "calm", model=str(folder), seed=5, **OWN)
-    assert len(whole.samples) == 40
+    commands = [[*command, str(i)] for i in range(4)] if how == "four shards" else [command]
+    assert killed(commands, out / "data", 20) == 20
+    module.merge(out)
+    whole = run(data, output_dir=tmp_path / "calm", model=str(folder), seed=5, effort=Effort(budget=128), **OWN)
+    assert len(whole.samples) == 120
     for name in ("values.parquet", "samples.parquet"):
         mine, calm = (pq.read_table(d / name).replace_schema_metadata() for d in (out, tmp_path / "calm"))
         assert mine == calm
-    print(f"killed {kills} times")
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def postprocess(self: Blocks, raw: list[dict], rows: list[dict]) -> pa.Table:
     "Blocks as a table"
     return pa.Table.from_pylist(raw, schema=WORTHS)
 
-# %% ../../nbs/explain/51_blocks.ipynb #99f6d0e7
+# %% ../../nbs/explain/51_blocks.ipynb #a1739b40
 def gather(
     step: Blocks,
     folder: str | os.PathLike,  # output directory of its complete run
@@ -127,7 +127,7 @@ def gather(
     spent = dict(prompts=settled[1] + total("prompts"), computed=settled[2] + total("computed"))
     return replace(a, evaluations=total("evaluations"), **spent)
 
-
+# %% ../../nbs/explain/51_blocks.ipynb #24ea7231
 def explain_long(
     lm: LM,
     text: str,

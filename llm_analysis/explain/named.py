@@ -28,7 +28,7 @@ _LABELLED = {"margin": LabelMargin, "probability": LabelProbability, "classes": 
 _TARGETED = ("logprob", "odds", "tokens")
 _USERS = {"labels": tuple(_LABELLED), "target": _TARGETED, "answer_tokens": (*_TARGETED, "similarity")}
 
-# %% ../../nbs/explain/45_named.ipynb #9652941a
+# %% ../../nbs/explain/45_named.ipynb #cd2a2aeb
 def _suits(name: str, given: dict) -> None:
     "`InputError` for what is missing or has no use"
     likely = near(name, VALUES)
@@ -44,7 +44,7 @@ def _suits(name: str, given: dict) -> None:
     fix = "leave out one: a target is as long as it is"
     need(not both, "a target or a number of answer tokens", got="both", do=fix)
 
-
+# %% ../../nbs/explain/45_named.ipynb #23f3bae2
 def value_named(
     name: str | None = None,  # one of `VALUES`; None: margin where there are labels, else logprob
     *,

@@ -26,7 +26,7 @@ from .named import value_named
 from .players import check_request
 from .removal import check_removal, removal_named
 from .step import CAP, Ask, Explain, Sizes
-from .units import check_unit
+from .units import matches
 from ..lm.model import LM, load
 
 # %% ../../nbs/explain/48_prepare.ipynb #2c1fbaa8
@@ -91,7 +91,7 @@ class Effort:
         "With the advisor's choice where it has one"
         return self if self.given or not self.advisor else replace(self, tol=TOL)
 
-# %% ../../nbs/explain/48_prepare.ipynb #ce6aab85
+# %% ../../nbs/explain/48_prepare.ipynb #702bba5e
 OUTPUTS = Path("outputs") / "insights" / "LLM"
 
 
@@ -103,7 +103,7 @@ def output_folder(
     plain = re.sub(r"[^\w.+-]+", "--", name).strip(".") or "dataset"
     return Path(output_dir) if output_dir is not None else OUTPUTS / plain
 
-
+# %% ../../nbs/explain/48_prepare.ipynb #776d52ca
 def find_run(
     named: str | os.PathLike,  # the folder of a run, or the data set that it is about
 ) -> Path:
@@ -115,7 +115,7 @@ def find_run(
     name = known.dataset if known else path.stem if path.is_file() else path.name if path.is_dir() else str(named)
     return output_folder(name) if (output_folder(name) / "_job").is_dir() else path
 
-# %% ../../nbs/explain/48_prepare.ipynb #af4eea56
+# %% ../../nbs/explain/48_prepare.ipynb #1632b315
 def _wrong(lm: LM, ask: Ask, text: str | None) -> tuple[int, int, int, str | None]:
     "Tokens of a prompt and behind it, players, and why the row is left out"
     if text is None or not text.strip():
@@ -129,7 +129,25 @@ def _wrong(lm: LM, ask: Ask, text: str | None) -> tuple[int, int, int, str | Non
     wrong = check_length(lm, found, ask.value, ask.max_seq_len)
     return len(found.ids), ask.value.room(lm, found), len(found), wrong and f"too long: {wrong}"
 
+# %% ../../nbs/explain/48_prepare.ipynb #1ed4b266
+def _counted(sizes: Sizes) -> str:
+    "How many rows are left out, and why"
+    why = Counter(reason.partition(":")[0] for reason in sizes.left_out.values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in why.most_common())
+    return f"{len(sizes.left_out):,} of {len(sizes.ids):,} rows left out ({kinds})"
 
+
+def _remedy(sizes: Sizes, ask: Ask, context: int | None) -> str:
+    "What would make most rows explainable"
+    whole = (sizes.tokens + sizes.room)[sizes.tokens > 0]
+    if 2 * len(whole) <= len(sizes.ids):
+        return "is it the right --text-column?"
+    wanted = 1 << int(np.median(whole)).bit_length()
+    if context is not None and wanted > context:
+        return f"shorten the texts, or take a model that reads {wanted:,} tokens; this one reads {context:,}"
+    return f"--max-seq-len {wanted} would take {int((whole <= wanted).sum()):,} of them"
+
+# %% ../../nbs/explain/48_prepare.ipynb #5bfa37da
 def check_rows(
     lm: LM,
     rows: Rows,
@@ -152,25 +170,7 @@ def check_rows(
     need(len(left_out) < len(sizes), "a row to explain", got=_counted(found), do=_remedy(found, ask, lm.max_len))
     return found
 
-# %% ../../nbs/explain/48_prepare.ipynb #bc47b414
-def _counted(sizes: Sizes) -> str:
-    "How many rows are left out, and why"
-    why = Counter(reason.partition(":")[0] for reason in sizes.left_out.values())
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in why.most_common())
-    return f"{len(sizes.left_out):,} of {len(sizes.ids):,} rows left out ({kinds})"
-
-
-def _remedy(sizes: Sizes, ask: Ask, context: int | None) -> str:
-    "What would make most rows explainable"
-    whole = (sizes.tokens + sizes.room)[sizes.tokens > 0]
-    if 2 * len(whole) <= len(sizes.ids):
-        return "is it the right --text-column?"
-    wanted = 1 << int(np.median(whole)).bit_length()
-    if context is not None and wanted > context:
-        return f"shorten the texts, or take a model that reads {wanted:,} tokens; this one reads {context:,}"
-    return f"--max-seq-len {wanted} would take {int((whole <= wanted).sum()):,} of them"
-
-
+# %% ../../nbs/explain/48_prepare.ipynb #f02f3613
 def warning(
     sizes: Sizes,
     ask: Ask,
@@ -217,7 +217,7 @@ class Machine:
     route: str = "auto"
     batch_tokens: int | None = None
 
-# %% ../../nbs/explain/48_prepare.ipynb #42b021af
+# %% ../../nbs/explain/48_prepare.ipynb #5754444e
 def opened(
     source: Source,
     length_column: str | None = None,  # column of lengths that a plan will be made of
@@ -232,7 +232,7 @@ def opened(
         print(note, file=sys.stderr)
     return rows
 
-
+# %% ../../nbs/explain/48_prepare.ipynb #0619c555
 def translation(
     sizes: Sizes,
     ask: Ask,
@@ -240,14 +240,14 @@ def translation(
     "What a sampling ratio comes to, in evaluations"
     if ask.sampling_ratio is None:
         return None
-    players = [n for i, n in zip(sizes.ids.tolist(), sizes.players.tolist()) if i not in sizes.left_out]
+    players = sizes.players[sizes.kept].tolist()
     counts, most = [ask.limit(n) for n in players], ask.budget or CAP * max(players)
-    cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) for n in players)
+    cut = sum(ask.sampling_ratio * (2 ** min(n, 1000) - 1) > ask.limit(n) - 1 for n in players)
     of = f"sampling ratio {ask.sampling_ratio:g}: {min(counts):,} to {max(counts):,} evaluations a row"
     cap = f"at most {most:,}" if ask.budget else f"at most {CAP} a player"
     return f"{of} ({min(players)} to {max(players)} players); {cut:,} of {len(players):,} rows are cut, to {cap}"
 
-
+# %% ../../nbs/explain/48_prepare.ipynb #44fae174
 @dataclass(frozen=True)
 class Prepared:
     "Rows that can be explained, and everything that it takes"
@@ -263,7 +263,19 @@ class Prepared:
         rows, place = self.rows, self.rows.model
         return Explain(self.lm, self.ask, place, self.sizes, self.dtype, (rows.name, rows.split))
 
-# %% ../../nbs/explain/48_prepare.ipynb #fbb7b93d
+# %% ../../nbs/explain/48_prepare.ipynb #4ca9b27b
+def _value(rows: Rows, request: Request, template: str) -> Value:
+    "What is measured; `InputError` for anything that is wrong whatever the model"
+    check_request(template, request.players)
+    one = request.players not in ("spans", "turns", "messages")
+    what = "players of a data set's texts: words, tokens, sentences or regex:PATTERN"
+    need(one, what, got=repr(request.players), do="name one of these")
+    check_removal(request.measure.removal)
+    if request.measure.pinned is not None:
+        matches("", request.measure.pinned, "what is pinned")  # refuses a broken pattern
+    return value_of(request.measure, request.label_words, rows.labels, request.chat)
+
+# %% ../../nbs/explain/48_prepare.ipynb #24aacff4
 def prepare(
     rows: Rows,
     source: Source,
@@ -272,20 +284,12 @@ def prepare(
 ) -> Prepared:
     "Load the model and look at every row; whatever is wrong is refused, and nothing is computed yet"
     template = request.prompt if request.prompt is not None else rows.prompt
-    check_request(template, request.players)
-    one = request.players not in ("spans", "turns", "messages")
-    what = "players of a data set's texts: words, tokens, sentences or regex:PATTERN"
-    need(one, what, got=repr(request.players), do="name one of these")
-    check_removal(request.measure.removal)
-    if request.measure.pinned is not None:
-        check_unit(f"regex:{request.measure.pinned}")
-    value = value_of(request.measure, request.label_words, rows.labels, request.chat)
-    effort = request.effort.settled()
+    value, effort, measure = _value(rows, request, template), request.effort.settled(), request.measure
     lm = load(rows.model, device=machine.device, dtype=machine.dtype, revision=machine.revision)
-    removal_named(request.measure.removal, lm.tokenizer)  # refuses a token that the model does not have
+    removal_named(measure.removal, lm.tokenizer)  # refuses a token that the model does not have
     limit = min((x for x in (source.max_seq_len, lm.max_len) if x is not None), default=None)
     own = dict(chat=request.chat, unit=request.players, seed=request.seed)
-    own |= dict(removal=request.measure.removal, pinned=request.measure.pinned)
+    own |= dict(removal=measure.removal, pinned=measure.pinned)
     own |= dict(route=machine.route, batch_tokens=machine.batch_tokens)
     own |= dict(max_seq_len=limit if source.max_seq_len is not None else None)
     own |= {k: getattr(effort, k) for k in ("estimator", "tol", "budget", "time_budget", "sampling_ratio")}

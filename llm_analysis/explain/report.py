@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
     names = ("llm-analysis-lab", "torch", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
-# %% ../../nbs/explain/46_report.ipynb #0b9892b6
+# %% ../../nbs/explain/46_report.ipynb #1affae20
 def article(
     s: Sample,
     *,
@@ -89,17 +89,14 @@ def article(
 ) -> str:  # HTML
     "One sample as a part of the page"
     a = s.attribution
-    truth = (
-        ""
-        if s.label is None or s.right is None
-        else f", {'right' if s.right else f'not {visible_line(s.label.strip())}'}"
-    )
-    known = [visible_line(a.players[i]) for i in range(len(a.players)) if s.planted and s.planted[i]]
+    truth = ""
+    if s.label is not None and s.right is not None:
+        truth = ", right" if s.right else f", not {visible_line(s.label.strip())}"
+    known = [visible_line(player) for player, planted in zip(a.players, s.planted or ()) if planted]
+    ends = f"{signed(a.base_value)} without the text, {signed(a.full_value)} with it"
     lines = [f"largest: {named(a, top_k)}" if a.players else "no players"]
     lines += [f"planted: {', '.join(known)}"] if known else []
-    lines += [
-        f"{signed(a.base_value)} without the text, {signed(a.full_value)} with it; {a.estimator}, {a.evaluations:,} evaluations"
-    ]
+    lines += [f"{ends}; {a.estimator}, {a.evaluations:,} evaluations"]
     small = "<br>".join(map(escape, lines))
     head = f"<h2>{s.row}. {escape(visible_line(a.answer) or '(nothing)')}{escape(truth)}</h2>"
     return f'<article>{head}<p>{coloured(a, vmax=vmax)}</p><p class="quiet">{small}</p>{whiskers(a, vmax=reach)}</article>'

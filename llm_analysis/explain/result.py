@@ -124,7 +124,7 @@ def top(
     a = self.main
     return [(a.players[i], float(a.values[i]), float(a.stderr[i])) for i in a.ranking[:k]]
 
-# %% ../../nbs/explain/43_result.ipynb #386a4bd7
+# %% ../../nbs/explain/43_result.ipynb #15205ab0
 def signed(
     value: float,  # nats
     error: float | None = None,  # standard error, None for an exact value
@@ -142,7 +142,7 @@ def named(
         f"{visible_line(player)} {signed(value, None if a.exact else error)}" for player, value, error in a.top(k)
     )
 
-
+# %% ../../nbs/explain/43_result.ipynb #69c5e42b
 def _headline(a: Attribution) -> str:
     return (
         f"{visible_line(a.answer)}: {signed(a.base_value)} without the text, {signed(a.full_value)} with it ({a.unit})"
@@ -162,7 +162,10 @@ def _plain(a: Attribution, rows: int = 12) -> str:
     rest = [f"  … and {len(a.players) - rows} more"] if len(a.players) > rows else []
     return "\n".join([_headline(a), *shown, *rest, f"  [{_effort(a)}{more}]"])
 
-# %% ../../nbs/explain/43_result.ipynb #102fd18e
+# %% ../../nbs/explain/43_result.ipynb #f7923623
+_BARS = 16  # players drawn where nothing else is asked for
+
+
 def coloured(
     a: Attribution,
     *,
@@ -181,7 +184,7 @@ def coloured(
 
 def whiskers(
     a: Attribution,
-    most: int = 16,  # players shown at the most: those of largest absolute value
+    most: int = _BARS,  # players shown at the most: those of largest absolute value
     *,
     vmax: float | None = None,  # value at the edge of the picture; None: the largest here, whisker included
 ) -> str:  # inline HTML
@@ -191,9 +194,9 @@ def whiskers(
     names = [visible_line(a.players[i] if len(a.players[i]) <= 18 else a.players[i][:17] + "…") for i in shown]
     return bars_svg(names, a.values[shown], None if a.exact else a.stderr[shown], vmax=vmax)
 
-
+# %% ../../nbs/explain/43_result.ipynb #5cc2ae4e
 def _html(a: Attribution) -> str:
-    rest = f"; the {16} largest of {len(a.players)} are drawn" if len(a.players) > 16 else ""
+    rest = f"; the {_BARS} largest of {len(a.players)} are drawn" if len(a.players) > _BARS else ""
     small = f"<small>{escape(_headline(a.main))}<br>{escape(_effort(a))}{rest}</small>"
     return f'<div><p style="font-size:1.1em">{coloured(a)}</p>{whiskers(a)}{small}</div>'
 

@@ -79,7 +79,7 @@ def limit(
     "Evaluations of a row of `n` players at the most"
     if self.sampling_ratio is None:
         return self.budget
-    wanted = ceil(Fraction(self.sampling_ratio) * (2**n - 1))
+    wanted = 1 + ceil(Fraction(self.sampling_ratio) * (2**n - 1))  # and the empty one, which it did not count
     return min(2**n, max(fewest(n, self.estimator), min(wanted, self.budget or CAP * n)))
 
 
@@ -92,7 +92,7 @@ def stages(
     staged = self.tol is not None or self.time_budget is not None
     return planned(n, estimator=self.estimator, budget=self.limit(n), staged=staged)
 
-# %% ../../nbs/explain/47_step.ipynb #d7950b9f
+# %% ../../nbs/explain/47_step.ipynb #89d38ad8
 def known_label(
     label: object,  # what the data set holds
     labels: Sequence[str],  # label words in the order of their ids; none where answers are free
@@ -101,7 +101,7 @@ def known_label(
     whole = isinstance(label, int) and not isinstance(label, bool)
     return label if whole and 0 <= label < len(labels) else None
 
-
+# %% ../../nbs/explain/47_step.ipynb #df17cc2d
 def known_planted(
     positions: Sequence[int] | None,  # words of the text that carry the label, counted from 0
     found: Players,
@@ -167,7 +167,7 @@ _SAME = (
 _LISTS = ("players", "values", "stderr")
 _ALL = {"all_values": "values", "all_stderr": "stderr", "all_base": "base_value", "all_full": "full_value"}
 
-# %% ../../nbs/explain/47_step.ipynb #0c56cd61
+# %% ../../nbs/explain/47_step.ipynb #5c61fb3c
 def record(
     s: Sample,
 ) -> dict:  # a row of the schema RECORD
@@ -184,7 +184,7 @@ def record(
         more |= {name: np.asarray(getattr(whole, own)).tolist() for name, own in _ALL.items()}
     return dict(index=s.row, **same, **lists, **places, **known, leave_one_out=loo, **more)
 
-
+# %% ../../nbs/explain/47_step.ipynb #f9c60705
 def sample_of(
     r: dict,  # a row of the schema RECORD
 ) -> Sample:
@@ -210,7 +210,7 @@ def targets_of(
     unit = a.unit.removesuffix(f": {r['targets'][r['focus']]}")
     return replace(a, **numbers, unit=unit, targets=tuple(r["targets"]), focus=r["focus"])
 
-# %% ../../nbs/explain/47_step.ipynb #9af40684
+# %% ../../nbs/explain/47_step.ipynb #b1e8ff2c
 @dataclass(frozen=True)
 class Sizes:
     "What was found out about rows before any work"
@@ -220,6 +220,11 @@ class Sizes:
     players: Int[np.ndarray, " _"]  # of each row
     left_out: dict[int, str]  # id of each row that is not explained → why
     room: int = 0  # tokens that are needed behind a prompt
+
+    @property
+    def kept(self) -> Int[np.ndarray, " _"]:
+        "Places of the rows that are explained"
+        return np.flatnonzero(~np.isin(self.ids, list(self.left_out)))
 
     def of(
         self,
