@@ -90,7 +90,7 @@ def described(
     need(about.get("format") == "v1", "the format v1", got=about.get("format"), do=fix, error=WorldError)
     return about
 
-# %% ../../nbs/logits/53_v1.ipynb #09017771
+# %% ../../nbs/logits/53_v1.ipynb #3adeeaa4
 def _entries(
     kind: str, ids: Int[np.ndarray, " entry"], logits: Float[np.ndarray, " entry"], counts, about: dict
 ) -> dict:
@@ -123,7 +123,7 @@ def encode(
     )
     got, fix = f"{s.min(initial=0)} to {s.max(initial=0)}", "use v2"
     need((s == s[:1]).all(), "as many entries by lot for every token", got=got, do=fix)
-    need(not picked.tau.any(), "a Gumbel tail", got="entries by lot that have a common weight `tau`", do=fix)
+    need(not (picked.tau > 0).any(), "a Gumbel tail", got="entries by lot that have a common weight `tau`", do=fix)
     lacks = about["sampled_threshold"] and picked.kappa is None
     need(not lacks, "a tail with its threshold", got="none", do="describe the data set with threshold=False")
     logits, lot = picked.logp + np.repeat(picked.logsumexp, n + s), picked.by_lot
@@ -134,7 +134,7 @@ def encode(
     row |= {"id": id} if about["id"] else {}
     return row | {"logsumexp": np.float64(picked.logsumexp)}
 
-# %% ../../nbs/logits/53_v1.ipynb #1794a3e2
+# %% ../../nbs/logits/53_v1.ipynb #ac31607d
 def _read(kind: str, row: dict, counts: Int[np.ndarray, " tok"], about: dict) -> tuple[np.ndarray, np.ndarray]:
     "Numbers and logits of the nuclei or of the tails"
     column = lambda name, dtype: np.asarray(row[f"{kind}_{name}"], dtype=dtype)
@@ -160,7 +160,9 @@ def decode(
 ) -> Picked:  # nan for what the row does not hold
     "The tokens of one row; `WorldError` where its columns contradict each other"
     tokens, n = int(row["num_tokens"]), np.asarray(row["top_counts"], dtype=np.int32)
-    lse = np.asarray(row["logsumexp"], dtype=np.float64)
+    lse = np.asarray(row["logsumexp"])
+    got, fix = f"{lse.dtype} in the row {row['index']}", 'read without with_format("numpy"), which rounds to float32'
+    need(lse.dtype == np.float64, "log-sum-exps in float64", got=got, do=fix)
     kappa = np.asarray(row["sampled_threshold"], dtype=np.float32) if about["sampled_threshold"] else None
     each, odd = divmod(len(row["sampled_indices_low"]), max(tokens, 1))
     fits = not odd and all(x is None or len(x) == tokens for x in (n, lse, kappa))
