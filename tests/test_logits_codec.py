@@ -124,8 +124,9 @@ def kl(a, b):
 @example([[]])
 def test_quantise_is_the_loop_and_bounded(rows):
     x, counts = flat(rows)
-    q, low, high = quantise(x, counts)
-    back = dequantise(q, low, high, counts)
+    with np.errstate(all="raise"):  # nothing is divided by zero
+        q, low, high = quantise(x, counts)
+        back = dequantise(q, low, high, counts)
     assert (q.dtype, low.dtype, high.dtype) == (np.uint16, np.float32, np.float32) and len(back) == len(x)
     start = 0
     for n, a, b in zip(counts, low, high):
@@ -183,6 +184,7 @@ def test_every_finite_bfloat16_comes_back():
 
 @settings(deadline=None)
 @given(hnp.arrays(np.float32, st.integers(0, 20), elements=st.floats(-100, 100, width=32)))
+@example(np.array([0x3F808000, 0x3F818000, 0xBF818000], np.uint32).view(np.float32))  # halfway: to the even one
 def test_bfloat16_rounds_to_the_nearest(x):
     assert (from_bf16(to_bf16(x, off=1)) == torch.tensor(x).bfloat16().float().numpy()).all()
 
@@ -267,6 +269,8 @@ def test_round_trip_through_a_file(tmp_path, name, shift, vocab):
     pq.write_table(data, tmp_path / "a.parquet", **writing(data.schema))
     read = pq.read_table(tmp_path / "a.parquet")
     assert str(read.to_pylist()) == str(data.to_pylist()) and described(read.schema) == about
+    if "whole" in name and not shift:
+        assert np.isneginf(decode(row, about).tail[picked.exact == size]).all()
     for found in read.to_pylist():
         if name != "nothing at all":
             like(decode(found, about), picked, found)
@@ -298,10 +302,22 @@ def test_probabilities_are_the_models():
         assert np.abs(np.exp(back.logp[a:b]) / np.exp(logp[back.ids[a:b]]) - 1).max() <= np.expm1(step / 2 + 4e-6)
 
 
+@pytest.mark.parametrize("left", [1e-3, 1e-8, 1e-12])
+def test_the_tail_of_one_entry_is_known_at_any_size(left):
+    near, nothing, unknown = np.float32([17.3]), np.zeros(1), np.full(1, np.nan)
+    lse = near.astype(np.float64) - np.log1p(-left)
+    logp = (near - lse).astype(np.float32)
+    one = Picked(np.array([3]), logp, np.array([1]), np.array([0]), nothing, lse, *[unknown] * 4)
+    about = describe(400, threshold=False)
+    assert decode(encode(0, one, about), about).tail == pytest.approx(np.log(left), abs=0.01)
+
+
 def test_what_the_format_has_no_place_for():
     picked, _ = drawn(0, 400, [2, 3], 4)
     with pytest.raises(InputError, match="numbers below 300"):
         encode(0, Picked(**{**vars(picked), "ids": picked.ids + 300}), describe(300))
+    with pytest.raises(InputError, match="numbers below 400; got 400"):  # the first that is too many, to be exact
+        encode(0, Picked(**{**vars(picked), "ids": picked.ids + 400 - picked.ids.max()}), describe(400))
     with pytest.raises(InputError, match="at most 255 entries"):
         encode(0, drawn(0, 400, [256], 0)[0], describe(400))
     uneven = Picked(**{**vars(picked), "exact": np.array([2, 4]), "sampled": np.array([4, 3])})
@@ -332,6 +348,8 @@ def test_rows_that_contradict_themselves(change):
     row = encode(8, drawn(0, 400, [2, 3], 4)[0], about)
     with pytest.raises(WorldError, match="the row 8"):
         decode(row | {change: row[change][1:]}, about)
+    with pytest.raises(WorldError, match="the row 8"):
+        decode(row | {"top_counts": row["top_counts"] + 1}, about)
 
 
 def test_files_of_the_earlier_tool():
