@@ -39,15 +39,8 @@ SCHEMA = pa.schema(
     }
 )
 
-# %% ../../nbs/logits/53_v1.ipynb #a1c6526f
-_OLD = {
-    "format": "v1",
-    "vocab": None,
-    "index_high_bits": 2,
-    "top_counts": "uint8",
-    "sampled_threshold": False,
-    "id": None,
-}
+# %% ../../nbs/logits/53_v1.ipynb #1dbf65ae
+_OLD = dict(format="v1", vocab=None, index_high_bits=2, top_counts="uint8", sampled_threshold=False, id=None)
 
 
 def describe(
@@ -67,7 +60,7 @@ def describe(
     need(not twice, f"other names than {', '.join(_OLD)}", got=twice, do="rename them")
     return {"format": "v1"} | own | (more or {})
 
-
+# %% ../../nbs/logits/53_v1.ipynb #7fc56a95
 def schema(
     about: dict,  # from `describe`
 ) -> pa.Schema:
