@@ -10,7 +10,9 @@ READY = $(VENV)/.ready
 QUIET = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::DeprecationWarning
 PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not burn the core that others need
 ALONE = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # as many processes as cores, one thread each
-CLAIMS = packing planted jobs explain_speed explain_tokenshap explain_accuracy explain_interactions # scripts in bench/ that need no argument
+# the scripts in bench/ that need no argument
+CLAIMS = packing planted jobs explain_speed explain_tokenshap explain_accuracy explain_interactions \
+  logits_unbiased logits_size
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .PHONY: help install demo test check format nb nbs lab docs bench slow torture hooks readme constraints clean
