@@ -69,12 +69,12 @@ def gumbel(
         row[: len(ids)] = ids
     return lots, -np.log(late)
 
-# %% ../../nbs/logits/53_nucleus.ipynb #e0102068
+# %% ../../nbs/logits/53_nucleus.ipynb #fb6befaf
 def gumbel_error(
     scan: Scan,
     exact: Int[np.ndarray, " tok"],  # listed entries that are not in the tail
     count: int,  # entries that are drawn
-) -> Float[np.ndarray, " tok"]:  # inf where there is none: one entry alone has no finite error to speak of
+) -> Float[np.ndarray, " tok"]:  # inf where a single place is open: its weight has no finite variance to speak of
     "Expected squared error of the weights of a Gumbel tail, to some per cent"
     p = np.where(np.arange(scan.ids.shape[1]) >= exact[:, None], scan.mass, 0.0)
     rate, all_drawn = scan.blocks.sum(1), (p > 0).sum(1) <= count
@@ -82,12 +82,14 @@ def gumbel_error(
         t = count / (p.sum(1) + rate)
         for _ in range(20):
             gone = np.exp(-p * t[:, None])
-            t = t + (count - (1 - gone).sum(1) - rate * t) / ((p * gone).sum(1) + rate)
-        seen = -np.expm1(-p * t[:, None])
-        places = (seen * (1 - seen)).sum(1) + rate * t
-        each = np.where(p > 0, p**2 / np.expm1(p * t[:, None]), 0.0).sum(1) + rate / t - scan.squares / 2
-        error = np.where(places > 1, each * places / (places - 1), np.inf)
-    return np.where(all_drawn, 0.0, error)
+            speed = (p * gone).sum(1) + rate
+            t = t + (count - (1 - gone).sum(1) - rate * t) / speed
+        places = (gone * (1 - gone)).sum(1) + rate * t
+        varies = np.where(places > 1, places**2 / (places - 1), np.inf) / speed**2
+        q = -np.expm1(-p * (t[:, None] + (1 - gone) / speed[:, None]))
+        bent = p**2 * (1 - q) / q * (1 + (1 - q / 2) * (p / q) ** 2 * varies[:, None])
+        others = rate / t * (1 + varies / t**2) - scan.squares * (0.5 + 1 / (speed * t))
+    return np.where(all_drawn, 0.0, np.where(p > 0, bent, 0.0).sum(1) + others)
 
 # %% ../../nbs/logits/53_nucleus.ipynb #a2974654
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from ..core import need
 from .picked import TEMPERATURES
 
-# %% ../../nbs/logits/51_scan.ipynb #b04e664b
+# %% ../../nbs/logits/51_scan.ipynb #339e24b9
 BLOCK = 256  # entries that are added up in float32; sums of blocks are added up in float64
 FLOOR = -200.0  # logits further below the largest than this weigh nothing, at any of `TEMPERATURES`
 
@@ -29,6 +29,7 @@ class Scan:
     ids: Int[np.ndarray, "tok k"]  # the largest entries, by falling logit; of equal ones the smaller id first
     mass: Float[np.ndarray, "tok k"]  # their probabilities
     blocks: Float[np.ndarray, "tok block"]  # probability of all others, by blocks of `BLOCK` ids
+    whole: Float[np.ndarray, " tok"]  # sum of exp(logit - largest), by which probabilities are made of `others`
     squares: Float[np.ndarray, " tok"]  # sum of the squared probabilities of all others
     logsumexp: Float[np.ndarray, " tok"]  # of the logits
     tempered: Float[np.ndarray, "tok 3"]  # the same at each of `TEMPERATURES`
@@ -37,7 +38,7 @@ class Scan:
     others: torch.Tensor  # exp(logit - largest) of all others; 0 where an entry is listed
 
     @property
-    def left(self) -> Float[np.ndarray, "tok k+1"]:
+    def left(self) -> Float[np.ndarray, "tok bound"]:
         "Probability beyond the first 0, 1, … of the listed entries, added up from the smallest"
         parts = np.concatenate([self.mass, self.blocks.sum(1, keepdims=True)], axis=1)
         return np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]
@@ -71,7 +72,7 @@ def largest(
     order = order.gather(1, found.gather(1, order).argsort(dim=1, descending=True, stable=True))
     return ids.gather(1, order)
 
-# %% ../../nbs/logits/51_scan.ipynb #604ec8df
+# %% ../../nbs/logits/51_scan.ipynb #e6b7428a
 def _checked(logits: torch.Tensor) -> torch.Tensor:
     "The largest logit of each row [tok, 1], if there is one"
     top = logits.amax(1, keepdim=True).float()
@@ -100,16 +101,16 @@ def scan(
     scratch = room(logits, tok) if scratch is None else scratch
     below, soft, work = scratch[:, :tok]
     below[:, vocab:] = -torch.inf
-    below[:, :vocab].copy_(logits).sub_(top)
+    torch.sub(logits, top, out=below[:, :vocab])
     ids = largest(below, min(k, vocab))
     listed = logits.gather(1, ids).double().cpu().numpy() - top.double().cpu().numpy()
     below.clamp_(min=FLOOR)
-    torch.exp(torch.div(below, 1.5, out=work), out=work)
+    torch.exp(torch.mul(below, 1 / 1.5, out=work), out=work)
     tempered = [_sums(work).sum(1)]
     torch.exp(torch.mul(below, 0.25, out=soft), out=soft)
     tempered.insert(1, _sums(soft).sum(1))
-    tempered.insert(1, _sums(soft.square_()).sum(1))
-    heat = _sums(torch.mul(soft.square_(), below, out=work)).sum(1)
+    tempered.insert(1, _sums(soft.mul_(soft)).sum(1))
+    heat = _sums(torch.mul(soft.mul_(soft), below, out=work)).sum(1)
     others = soft.scatter_(1, ids, 0.0)
     blocks = _sums(others)
     squares = torch.linalg.vector_norm(others.view(tok, -1, BLOCK), dim=-1).cpu().numpy().astype(np.float64)
@@ -118,7 +119,7 @@ def scan(
     hot = high[:, None] / np.array(TEMPERATURES) + np.log(np.stack(tempered, axis=1))
     scale, squares = whole[:, None], (squares**2).sum(1) / whole**2
     rest = (high + np.log(whole), hot, np.log(whole) - heat / whole, logits, others)
-    return Scan(ids.cpu().numpy(), weight / scale, blocks / scale, squares, *rest)
+    return Scan(ids.cpu().numpy(), weight / scale, blocks / scale, whole, squares, *rest)
 
 
 def room(
@@ -128,7 +129,7 @@ def room(
     "Buffers for `scan`"
     return torch.empty(3, tok, -(-logits.shape[1] // BLOCK) * BLOCK, device=logits.device)
 
-# %% ../../nbs/logits/51_scan.ipynb #4987de3d
+# %% ../../nbs/logits/51_scan.ipynb #7b8ceb45
 @patch
 def put_back(
     self: Scan,
@@ -139,8 +140,8 @@ def put_back(
     ids, blocks = self.ids[token, slot], self.blocks.copy()
     np.add.at(blocks, (token, ids // BLOCK), self.mass[token, slot])
     at = [torch.from_numpy(x).to(self.others.device) for x in (token, ids.astype(np.int64))]
-    weight = (self.logits[at[0], at[1]].float() - self.logits.amax(1).float()[at[0]]).exp()
-    self.others[at[0], at[1]] = weight
+    weight = (self.mass[token, slot] * self.whole[token]).astype(np.float32)
+    self.others[at[0], at[1]] = torch.from_numpy(weight).to(self.others.device)
     return blocks
 
 
@@ -165,12 +166,12 @@ def locate(
     share = torch.from_numpy(np.clip(share, 0, np.nextafter(1, 0))).to(inner.device)
     return block * BLOCK + (inner <= (share * inner[:, -1])[:, None]).sum(1).cpu().numpy()
 
-# %% ../../nbs/logits/51_scan.ipynb #342d5e86
+# %% ../../nbs/logits/51_scan.ipynb #ee871bd1
 def scans(
     logits: torch.Tensor,  # [tok, vocab]
     k: int,  # entries to list
     *,
-    chunk: int | None = None,  # rows at once; None: what fits into 64 MB (512 MB on an accelerator)
+    chunk: int | None = None,  # rows at once; None: what fits into 16 MB (512 MB on an accelerator)
 ) -> Iterator[tuple[slice, Scan]]:  # each is overwritten by the next
     "Read all rows, a few at a time"
     fits = "float logits [tok, vocab], vocab at least 1"
@@ -179,7 +180,7 @@ def scans(
     need(ok, fits, got=got, do="give the rows of the output head, before the softmax")
     need(chunk is None or chunk > 0, "chunk of 1 or more rows", got=chunk, do="leave it out for the default")
     tok, vocab = logits.shape
-    size = (2**26 if logits.device.type == "cpu" else 2**29) // (12 * vocab)
+    size = (2**24 if logits.device.type == "cpu" else 2**29) // (12 * vocab)
     chunk = min(chunk or max(size, 1), max(tok, 1))
     scratch = room(logits, chunk)
     for a in range(0, tok, chunk):

@@ -31,7 +31,7 @@ def uniforms(
     need(positions.min() >= 0, "positions from 0 on", got=positions.min(), do="count from the row's first token")
     return stream(seed, row_id, "logits").random(int(positions.max()) + 1)[positions]
 
-# %% ../../nbs/logits/52_select.ipynb #78d47c6c
+# %% ../../nbs/logits/52_select.ipynb #efc177c4
 @dataclass(frozen=True)
 class Choice:
     "What a selector decides about the rows of a scan"
@@ -54,7 +54,7 @@ class Selector:
         raise NotImplementedError
 
 
-def _picked(scan: Scan, choice: Choice, targets: torch.Tensor | None) -> Picked:
+def _picked(scan: Scan, choice: Choice, targets: Int[np.ndarray, " tok"] | None) -> Picked:
     "The entries that were chosen, end to end"
     keep = np.arange(scan.ids.shape[1]) < choice.exact[:, None]
     kept = np.concatenate([keep, choice.lots >= 0], axis=1)
@@ -76,7 +76,7 @@ def _picked(scan: Scan, choice: Choice, targets: torch.Tensor | None) -> Picked:
     entries = (ids.astype(np.int32), logp(kept.nonzero()[0], ids))
     return Picked(*entries, *counts, *whole, scan.tempered.astype(np.float32), kappa)
 
-# %% ../../nbs/logits/52_select.ipynb #2ff25370
+# %% ../../nbs/logits/52_select.ipynb #db3f50cd
 @patch
 def pick(
     self: Selector,
@@ -91,6 +91,10 @@ def pick(
     same = len(u) == tok and (targets is None or len(targets) == tok)
     got = f"{len(u)} numbers and {'no' if targets is None else len(targets)} targets"
     need(same, f"one number and one target for each of {tok} rows", got=got, do="use `uniforms` of their positions")
+    if targets is not None:
+        targets = torch.as_tensor(targets).cpu().numpy().astype(np.int64)
+        wrong = targets[(targets < 0) | (targets >= logits.shape[1])]
+        need(not len(wrong), "targets in the vocabulary", got=wrong[:3], do="give rows of target positions only")
     found = []
     for rows, scan in scans(logits, self.listed(), chunk=chunk):
         found.append(_picked(scan, self.choose(scan, u[rows]), None if targets is None else targets[rows]))
@@ -101,13 +105,13 @@ def _nothing(selector: Selector) -> Picked:
     "What is kept of no rows"
     return take(selector.pick(torch.zeros(1, 1), np.zeros(1)), np.zeros(0, dtype=np.int64))
 
-# %% ../../nbs/logits/52_select.ipynb #14ff95e2
+# %% ../../nbs/logits/52_select.ipynb #d9c01186
 def counted(name: str, value: int, least: int, most: int = 65_535) -> None:
     "Refuse what is no count"
     need(least <= value <= most, f"{name} between {least} and {most:,}", got=value, do="choose one between")
 
 
-def beyond(scan: Scan) -> Float[np.ndarray, "tok k+1"]:
+def beyond(scan: Scan) -> Float[np.ndarray, "tok bound"]:
     "Sum of the squared probabilities beyond the first 0, 1, … of the listed entries"
     parts = np.concatenate([scan.mass**2, scan.squares[:, None]], axis=1)
     return np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]
