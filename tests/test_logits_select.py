@@ -9,7 +9,7 @@ import torch
 from llm_analysis.core import InputError
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.picked import TEMPERATURES, Picked, estimate, take
-from llm_analysis.logits.scan import largest, scan
+from llm_analysis.logits.scan import largest
 from llm_analysis.logits.select import TopK, VarOpt, uniforms
 
 torch.set_num_threads(1)
@@ -244,6 +244,8 @@ def test_masked_and_certain(selector):
     assert np.isfinite(got.logp).all() and np.isfinite(got.entropy).all() and np.isfinite(got.error).all()
     assert not np.isin(take(got, np.array([1, 2, 3])).ids, np.arange(0, VOCAB, 2)).any()
     assert got.target[0] == 0 and (got.target[1:4] == -np.inf).all()
+    least = selector.pick(z[1:4], np.zeros(3))  # the first point of the line is where masked entries begin it
+    assert np.isfinite(least.logp).all() and not np.isin(least.ids, np.arange(0, VOCAB, 2)).any()
     first = take(got, np.array([0]))
     assert (first.ids.tolist(), first.tail[0], first.entropy[0], first.error[0]) == ([0], -np.inf, 0, 0)
     assert take(got, np.array([4])).ids[0] == 5 and got.entropy[4] == 0
@@ -271,12 +273,12 @@ def test_refusals():
 
 def test_no_float64_copy(monkeypatch):
     "No tensor of doubles as large as the logits is made"
-    big, z = [], rows(64, vocab=4096)
-    double = torch.Tensor.double
+    big, z = [], rows(8, vocab=2**16)
+    double, to = torch.Tensor.double, torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "double", lambda x: big.append(x.numel()) or double(x))
-    VarOpt(size=64).pick(z[:8], np.zeros(8), chunk=8)
-    scan(z[:8], 10)
-    assert big and max(big) <= 8 * 64 * 256
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: big.append(x.numel()) or to(x, *a, **k))
+    VarOpt(size=16).pick(z, np.zeros(8), chunk=8)
+    assert big and max(big) <= z.numel() / 8
 
 
 @pytest.mark.gpu

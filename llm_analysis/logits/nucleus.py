@@ -15,7 +15,7 @@ from ..core import need
 from .scan import Scan
 from .select import Choice, Selector, beyond, counted
 
-# %% ../../nbs/logits/53_nucleus.ipynb #78b8df44
+# %% ../../nbs/logits/53_nucleus.ipynb #a2efab4e
 def _clocks(
     u: Float[np.ndarray, " tok"],
     listed: int,
@@ -39,7 +39,7 @@ def _winners(
     order = order[np.sort(first)]
     return np.sort(ids[order[:count]]), times[order[count]] if len(order) > count else np.inf
 
-
+# %% ../../nbs/logits/53_nucleus.ipynb #dcd04db8
 def gumbel(
     scan: Scan,
     exact: Int[np.ndarray, " tok"],  # listed entries that are not in the tail; at least `count` + 1 others are listed
