@@ -15,39 +15,28 @@ import time
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from logits_mix import V, as_bf16, mixed
 
-from llm_analysis.logits.picked import Picked, concatenate
+from llm_analysis.logits.nucleus import Nucleus
+from llm_analysis.logits.picked import Picked
 from llm_analysis.logits.quantise import LEVELS, kl_bound
+from llm_analysis.logits.select import uniforms
 from llm_analysis.logits.v1 import decode, describe, encode, table, writing
 
 TEXT, MOST, MASS, TAIL, CLAIM = 128, 100, 0.98, 24, 250
 
 
-def pick(logits: np.ndarray, rng: np.random.Generator) -> Picked:
-    "The smallest nucleus, and a Gumbel tail with its threshold"
-    x = logits.astype(np.float64)
-    lse = x.max() + np.log(np.exp(x - x.max()).sum())
-    logp = x - lse
-    best = np.argpartition(-logp, MOST)[:MOST]
-    best = best[np.lexsort((best, -logp[best]))]
-    mass = np.exp(logp[best]).cumsum()
-    best = best[: 1 + int((mass[:-1] < MASS).sum())]
-    noisy = logp + rng.gumbel(size=len(logp))
-    noisy[best] = -np.inf
-    lots = np.argpartition(-noisy, TAIL)[: TAIL + 1]
-    lots = lots[np.argsort(-noisy[lots])]
-    ids, p = np.append(best, np.sort(lots[:TAIL])), np.exp(logp)
-    tail = np.log(np.delete(p, best).sum())
-    each = [len(best), TAIL, 0.0, lse, tail, -(p * logp).sum(), np.nan, np.nan]
-    return Picked(ids, logp[ids].astype(np.float32), *(np.array([v]) for v in each), kappa=noisy[lots[TAIL:]])
-
-
 def texts(seed: int, tokens: int, head) -> list[Picked]:
     "Picks of so many tokens, some texts of `TEXT` each"
-    rng = np.random.default_rng(seed + 1)
-    ones = [pick(head(logits), rng) for _, logits in mixed(seed, tokens)]
-    return [concatenate(ones[i : i + TEXT]) for i in range(0, tokens, TEXT)]
+    selector, found, waiting = Nucleus(MASS, MOST, TAIL), [], []
+    for _, logits in mixed(seed, tokens):
+        waiting.append(head(logits))
+        if len(waiting) == TEXT:
+            lots = uniforms(seed, len(found), range(TEXT))
+            found.append(selector.pick(torch.from_numpy(np.stack(waiting)), lots))
+            waiting = []
+    return found
 
 
 def nbytes(rows: list[dict], about: dict, own: bool) -> tuple[int, dict]:
