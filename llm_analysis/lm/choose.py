@@ -45,7 +45,7 @@ def trial(
     lengths, one = np.array([len(s) for s in sequences]), lm.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if one else time.perf_counter  # one thread's own time is blind to other processes
     best = {work.route: math.inf for work in works}
-    for _ in range(2):
+    for _ in range(3):
         for part in (_spread(work, lengths, tokens) for work in works):
             start = clock()
             try:
@@ -65,7 +65,7 @@ _RANKED: dict[tuple, tuple[str, ...]] = {}
 
 def _tenths(ratio: float) -> float:
     "A ratio in steps of ten per cent: what differs by less counts as equal"
-    return round(math.log(ratio) / math.log(1.1)) if math.isfinite(ratio) else math.inf
+    return math.floor(math.log(ratio) / math.log(1.1) + 1e-9) if math.isfinite(ratio) else math.inf
 
 
 def _kind(lengths: Int[np.ndarray, " batch"]) -> tuple[int, int, int]:
@@ -112,7 +112,7 @@ def ranking(
     key = (*identity(lm), torch.get_num_threads(), budget, places is None, saved, *_kind(lengths))
     names = ROUTES if tree is None else (TREE, *ROUTES)
     _SEEN[key] = _SEEN.get(key, 0) + int(lengths.sum())
-    if key not in _RANKED and _SEEN[key] >= 8 * 2 * len(names) * budget:
+    if key not in _RANKED and _SEEN[key] >= 8 * 3 * len(names) * budget:
         works = [_planned(r, sequences, asked, **limits) for r in ROUTES] + [tree] * bool(tree)
         seconds = trial(lm, works, sequences, asked, places=places, tokens=budget)
         best = min(seconds.values())
