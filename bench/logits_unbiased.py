@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from logits_mix import FAMILIES, V, base, one
+from logits_mix import FAMILIES, SHARES, V, base, one
 
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.select import TopK, VarOpt

@@ -28,9 +28,9 @@ def sorted_alike(
     alike = (table[1:] == table[:-1]) & (table[1:] >= 0)
     return order, np.append(0, np.cumprod(alike, axis=1).sum(1))
 
-# %% ../../nbs/lm/23_tree.ipynb #b1ebb2ab
+# %% ../../nbs/lm/23_tree.ipynb #41f20a2c
 TREE = "tree"  # the name of this route
-NARROW, WIDEST = 256, 1024  # tokens of a full row, unless one sequence is longer
+NARROW, WIDEST = 192, 1024  # tokens of a full row, unless one sequence is longer
 
 
 def _rows(
@@ -63,14 +63,14 @@ def _together(
         group, answers = [*group, row], answers + row[2]
     yield group
 
-# %% ../../nbs/lm/23_tree.ipynb #a187dd20
+# %% ../../nbs/lm/23_tree.ipynb #80869280
 def plan_tree(
     sequences: Sequence[Tokens],
     *,
     asked: Sequence[int] | Int[np.ndarray, " batch"] | None = None,  # answers wanted of each; None: not counted
     budget: int = 512,  # tokens in a forward; a longer sequence is computed alone
     max_answers: int = 1 << 30,  # answers in a forward
-    row: int | None = None,  # tokens in a row; None: four times the longest sequence, within `NARROW` and `WIDEST`
+    row: int | None = None,  # tokens in a row; None: three times the longest sequence, within `NARROW` and `WIDEST`
 ) -> Plan:  # its route is `tree`; fewer tokens are computed than the sequences have
     "Every sequence on one branch of one tree"
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
@@ -78,7 +78,7 @@ def plan_tree(
         return Plan(TREE, (), 0, 0, 0, 0)
     order, shared = sorted_alike(sequences)
     answers = np.zeros_like(lengths) if asked is None else np.asarray(asked, dtype=np.int64)
-    most = min(budget, row or max(NARROW, min(4 * int(lengths.max()), WIDEST)))
+    most = min(budget, row or max(NARROW, min(3 * int(lengths.max()), WIDEST)))
     rows = list(_rows(lengths[order].tolist(), shared.tolist(), answers[order].tolist(), most, max_answers))
     groups = [
         [(tuple(order[a:b].tolist()), width) for a, b, _, width in g] for g in _together(rows, budget, max_answers)
