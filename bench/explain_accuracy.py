@@ -23,14 +23,13 @@ import time
 
 import numpy as np
 import pandas as pd
+from claims import MISSED, claim, show
 from explain_games import (
     FAMILIES,
     LARGE,
-    MISSED,
     OTHER,
     TINY,
     Known,
-    claim,
     of_table,
     relative,
     tiny_tables,
@@ -84,15 +83,6 @@ def trial(game: Known, name: str, evaluations: int, seed: int) -> dict:
     gap = abs(found.values.sum() - (found.full - found.base)) / max(np.abs(game.truth).max(), 1e-300)
     held = float(inside.mean()) if found.errors.any() else np.nan
     return row | dict(error=relative(found.values, game), held=held, gap=gap, seconds=spent, method=found.method)
-
-
-def show(table: pd.DataFrame, digits: int = 4) -> None:
-    "A table as Markdown"
-    print("| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |")
-    print("| --- |" + " --- |" * len(table.columns))
-    for name, row in zip(table.index, table.to_numpy()):
-        print(f"| {name} | " + " | ".join("–" if pd.isna(x) else f"{x:.{digits}g}" for x in row) + " |")
-    print()
 
 
 def geometric(errors: pd.Series) -> float:

@@ -15,15 +15,6 @@ LARGE = {50: {2: 10, 4: 10, 10: 10}, 128: {2: 10, 4: 5, 10: 10}, 512: {2: 10, 10
 OTHER = {50: {2: 10, 10: 5}, 128: {2: 10}}
 
 
-MISSED: list[str] = []  # claims that did not hold
-
-
-def claim(said: str, held: bool) -> None:
-    "Print what was claimed and measured; the script that asks ends with status 1 where one did not hold"
-    print(said if held else f"{said} NOT HELD")
-    MISSED.extend([] if held else [said])
-
-
 @dataclass(frozen=True)
 class Known:
     "A game, its players and its Shapley values"

@@ -20,7 +20,8 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from explain_games import MISSED, Known, claim, of_table, scattered, tiny_tables, unanimity
+from claims import MISSED, claim, show
+from explain_games import Known, of_table, scattered, tiny_tables, unanimity
 
 TINY = (128, 256, 512, 1024)  # evaluations of each text of the tiny model
 LARGE = (512, 1024, 2048)  # of games of 50 players
@@ -94,21 +95,17 @@ def peers() -> dict:
 
 def theirs(game: Known, name: str, make, evaluations: int, seed: int) -> list[dict]:
     "One estimate by shapiq; nothing where it says that it cannot"
-    from explain_peers import Counted
+    from explain_peers import approximated
 
-    counted, began = Counted(game), time.process_time()
     try:
-        found = make(game.n, seed).approximate(evaluations, counted)
+        found, spent = approximated(name, make(game.n, seed), game, evaluations)
     except (ValueError, np.linalg.LinAlgError) as e:
         print(f"{name}, {game.name}, {evaluations}: {e}", file=sys.stderr)
         return []
-    if len(counted.seen) > evaluations:
-        raise SystemExit(f"{name} looked at {len(counted.seen)} coalitions of {game.name}, not {evaluations}.")
     values = np.zeros((game.n, game.n))
     for i, j in zip(*np.triu_indices(game.n, 1)):
         values[i, j] = values[j, i] = found[(int(i), int(j))]
-    spent = time.process_time() - began
-    return [row_of(name, game, evaluations, seed, values, used=len(counted.seen), seconds=spent)]
+    return [row_of(name, game, evaluations, seed, values, **spent)]
 
 
 def games(tables: str | None, parts: list[str], seeds: int):
@@ -122,20 +119,11 @@ def games(tables: str | None, parts: list[str], seeds: int):
             yield from ((make(50, s), e, s) for e in LARGE for s in range(seeds))
 
 
-def show(table: pd.DataFrame, digits: int = 3) -> None:
-    "A table as Markdown"
-    print("| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |")
-    print("| --- |" + " --- |" * len(table.columns))
-    for name, row in zip(table.index, table.to_numpy()):
-        print(f"| {name} | " + " | ".join("–" if pd.isna(x) else f"{x:.{digits}g}" for x in row) + " |")
-    print()
-
-
 def tell(t: pd.DataFrame) -> None:
     small = t[t.n < 50]
     if len(small):
         print("Median relative squared error of all pairs, eleven texts of the tiny model:\n")
-        show(small.groupby(["estimator", "evaluations"]).error.median().unstack())
+        show(small.groupby(["estimator", "evaluations"]).error.median().unstack(), 3)
         at = small[small.evaluations == 512].groupby("estimator").error.median()
         rivals = at[[name for name in at.index if name.startswith("shapiq")]]
         if len(rivals):
@@ -145,13 +133,13 @@ def tell(t: pd.DataFrame) -> None:
     for name, part in t[t.n == 50].groupby("game"):
         part = part[part.seed <= part.groupby("estimator").seed.max().min()]  # games that all of them were given
         print(f"{name}: median relative squared error of all pairs, {part.seed.nunique()} games\n")
-        show(part.groupby(["estimator", "evaluations"]).error.median().unstack())
+        show(part.groupby(["estimator", "evaluations"]).error.median().unstack(), 3)
     own = t[t.estimator == "together"]
     print("Intervals of 1.96 standard errors that hold, and seconds for one estimate (median):\n")
     groups = own.assign(games=np.where(own.n < 50, "tiny", own.game)).groupby(["games", "evaluations"])
     table = pd.DataFrame(dict(held=groups.held.mean(), runs=groups.size(), seconds=groups.seconds.median()))
     table.index = [f"{game}, {e}" for game, e in table.index]
-    show(table.rename_axis("games, evaluations"))
+    show(table.rename_axis("games, evaluations"), 3)
     held = own.held.mean()
     claim(f"All {len(own)} runs: {held:.3f} (claim: 0.90 to 0.98).\n", 0.90 <= held <= 0.98)
 

@@ -63,21 +63,22 @@ class Counted:
         return self.game.worth(coal)
 
 
-def trial(game: Known, name: str, evaluations: int, seed: int) -> dict:
-    "One estimate: its error, and what it took; an error that says so where it looked at too much"
+def approximated(name: str, peer, game: Known, evaluations: int) -> tuple:  # what it found; what that took
+    "One estimate; an error that says so where it looked at too much"
     counted, began = Counted(game), time.process_time()
-    found = PEERS[name](game.n, seed).approximate(evaluations, counted)
-    if len(counted.seen) > evaluations:
-        raise SystemExit(
-            f"{name} looked at {len(counted.seen)} coalitions of {game.name}; its budget was {evaluations}."
-        )
+    found = peer.approximate(evaluations, counted)
+    used = len(counted.seen)
+    if used > evaluations:
+        raise SystemExit(f"{name} looked at {used} coalitions of {game.name}; its budget was {evaluations}.")
+    return found, dict(used=used, seconds=time.process_time() - began)
+
+
+def trial(game: Known, name: str, evaluations: int, seed: int) -> dict:
+    "One estimate: its error, and what it took"
+    found, spent = approximated(name, PEERS[name](game.n, seed), game, evaluations)
     values = np.array([found[(i,)] for i in range(game.n)])
     row = dict(estimator=name, game=game.name, n=game.n, evaluations=evaluations, seed=seed)
-    return row | dict(
-        error=relative(values, game),
-        used=len(counted.seen),
-        seconds=time.process_time() - began,
-    )
+    return row | dict(error=relative(values, game)) | spent
 
 
 def able(name: str, n: int, evaluations: int) -> bool:
