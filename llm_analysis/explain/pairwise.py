@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['exact_interactions', 'noise_interactions', 'interaction_shares', 'interaction_prior']
 
-# %% ../../nbs/explain/42_pairwise.ipynb #954a9ce8
+# %% ../../nbs/explain/42_pairwise.ipynb #5553bacb
 from math import comb
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from ..core import need
-from .kernel import Kernel, gram, pair_scale, quadrature, signs, size_term
+from .kernel import Kernel, gram, pair_scale, quadrature, signs, size_term, square
 from .shapley import all_coalitions
 
 # %% ../../nbs/explain/42_pairwise.ipynb #87783f88
@@ -80,15 +80,13 @@ def interaction_shares(
     found[:, i] = 0.0
     return found + kernel.noise * noise_interactions(coal, i)
 
-# %% ../../nbs/explain/42_pairwise.ipynb #559eab1f
+# %% ../../nbs/explain/42_pairwise.ipynb #cfffb38f
 def interaction_prior(
     kernel: Kernel,  # of even games
 ) -> tuple[Float[np.ndarray, "player player"], Float[np.ndarray, " player"]]:
     "Variances of the interactions of the games that the kernel expects, and of each player's sum over all others"
     n = len(kernel.reach)
-    y, w = quadrature(n, 24)
-    both, weight = np.concatenate([y, -y]), np.concatenate([w, w])
-    at, weight = np.outer(y, both).ravel(), 2 * np.outer(w, weight).ravel()
+    at, weight = square(n)
     theta = np.tanh(kernel.reach)
     part = np.outer(theta, at)
     whole = np.exp(np.log1p(part).sum(0) + pair_scale(kernel.reach)) * weight

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gumbel', 'gumbel_error', 'Nucleus']
 
-# %% ../../nbs/logits/53_nucleus.ipynb #7e65f927
+# %% ../../nbs/logits/53_nucleus.ipynb #a8e92104
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from ..core import need
 from .scan import Scan
-from .select import Choice, Selector, beyond, counted
+from .select import Choice, Selector, counted
 
 # %% ../../nbs/logits/53_nucleus.ipynb #a2efab4e
 def _clocks(
@@ -91,7 +91,7 @@ def gumbel_error(
         others = rate / t * (1 + varies / t**2) - scan.squares * (0.5 + 1 / (speed * t))
     return np.where(all_drawn, 0.0, np.where(p > 0, bent, 0.0).sum(1) + others)
 
-# %% ../../nbs/logits/53_nucleus.ipynb #a2974654
+# %% ../../nbs/logits/53_nucleus.ipynb #df7b702d
 @dataclass(frozen=True)
 class Nucleus(Selector):
     "The smallest set with a probability of `top_p`, up to `most` entries, and `tail` of the others by lot"
@@ -113,6 +113,6 @@ class Nucleus(Selector):
         holds = scan.left[:, 1 : most + 1] <= 1 - self.top_p
         exact = np.minimum(np.where(holds.any(1), holds.argmax(1) + 1, most), scan.some)
         if not self.tail:
-            return Choice(exact, np.zeros((len(u), 0), dtype=np.int64), beyond(scan)[tok, exact])
+            return Choice(exact, np.zeros((len(u), 0), dtype=np.int64), scan.left_squares[tok, exact])
         lots, kappa = gumbel(scan, exact, self.tail, u)
         return Choice(exact, lots, gumbel_error(scan, exact, self.tail), kappa)

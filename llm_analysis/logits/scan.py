@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BLOCK', 'FLOOR', 'Scan', 'largest', 'room', 'scan', 'scans']
 
-# %% ../../nbs/logits/51_scan.ipynb #1c51ebee
+# %% ../../nbs/logits/51_scan.ipynb #9010d312
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,9 +18,15 @@ from jaxtyping import Bool, Float, Int
 from ..core import need
 from .picked import TEMPERATURES
 
-# %% ../../nbs/logits/51_scan.ipynb #339e24b9
+# %% ../../nbs/logits/51_scan.ipynb #3d627fd7
 BLOCK = 256  # entries that are added up in float32; sums of blocks are added up in float64
 FLOOR = -200.0  # logits further below the largest than this weigh nothing, at any of `TEMPERATURES`
+
+
+def _beyond(listed: Float[np.ndarray, "tok k"], others: Float[np.ndarray, " tok"]) -> Float[np.ndarray, "tok bound"]:
+    "What is left behind the first 0, 1, … of the listed ones, added up from the smallest"
+    parts = np.concatenate([listed, others[:, None]], axis=1)
+    return np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,15 @@ class Scan:
     logits: torch.Tensor  # the rows that were read
     others: torch.Tensor  # exp(logit - largest) of all others; 0 where an entry is listed
 
-    @property
+    @cached_property
     def left(self) -> Float[np.ndarray, "tok bound"]:
-        "Probability beyond the first 0, 1, … of the listed entries, added up from the smallest"
-        parts = np.concatenate([self.mass, self.blocks.sum(1, keepdims=True)], axis=1)
-        return np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]
+        "Probability beyond the first 0, 1, … of the listed entries"
+        return _beyond(self.mass, self.blocks.sum(1))
+
+    @cached_property
+    def left_squares(self) -> Float[np.ndarray, "tok bound"]:
+        "Sum of the squared probabilities beyond the first 0, 1, … of the listed entries"
+        return _beyond(self.mass**2, self.squares)
 
     @property
     def some(self) -> Int[np.ndarray, " tok"]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEY', 'SCHEMA', 'describe', 'schema', 'described', 'encode', 'decode', 'table', 'writing']
 
-# %% ../../nbs/logits/53_v1.ipynb #b79d0c97
+# %% ../../nbs/logits/53_v1.ipynb #3f2740c3
 import json
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from ..core import WorldError, need
 from .ids import high_bits, pack, unpack
-from .picked import Picked
+from .picked import Picked, lots
 from .quantise import dequantise, log_total, quantise
 
 # %% ../../nbs/logits/53_v1.ipynb #40b87cd8
@@ -127,7 +127,7 @@ def encode(
     row |= {"id": id} if about["id"] else {}
     return row | {"logsumexp": np.float64(picked.logsumexp)}
 
-# %% ../../nbs/logits/53_v1.ipynb #ac31607d
+# %% ../../nbs/logits/53_v1.ipynb #f86129d8
 def _read(kind: str, row: dict, counts: Int[np.ndarray, " tok"], about: dict) -> tuple[np.ndarray, np.ndarray]:
     "Numbers and logits of the nuclei or of the tails"
     column = lambda name, dtype: np.asarray(row[f"{kind}_{name}"], dtype=dtype)
@@ -162,11 +162,11 @@ def decode(
     got = f"{len(n)} counts, {len(lse)} sums and {len(row['sampled_indices_low'])} entries by lot"
     need(fits, f"{tokens} tokens in the row {row['index']}", got=got, do="write the file again", error=WorldError)
     s, unknown = np.full(tokens, each, dtype=np.int32), np.full(tokens, np.nan, dtype=np.float32)
-    top, lots = _read("top", row, n, about), _read("sampled", row, s, about)
-    lot = np.repeat(np.tile([False, True], tokens), np.stack([n, s], axis=1).ravel())
+    top, drawn = _read("top", row, n, about), _read("sampled", row, s, about)
+    lot = lots(n, s)
     ids, logp = np.empty(len(lot), np.int32), np.empty(len(lot))
-    ids[~lot], ids[lot] = top[0], lots[0]
-    logp[~lot], logp[lot] = top[1], lots[1]
+    ids[~lot], ids[lot] = top[0], drawn[0]
+    logp[~lot], logp[lot] = top[1], drawn[1]
     logp -= np.repeat(lse, n + s)
     tau = np.full(tokens, np.nan if each and kappa is None else 0.0)
     tail = _tail(logp[~lot], n, about["vocab"])
