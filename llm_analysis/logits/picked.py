@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..core import need
 
-# %% ../../nbs/logits/50_picked.ipynb #85ba85a5
+# %% ../../nbs/logits/50_picked.ipynb #ab093416
 TEMPERATURES = (1.5, 2.0, 4.0)  # at which the log-sum-exp is kept besides 1
 
 
@@ -49,9 +49,8 @@ class Picked:
         fits = len(self.ids) == len(self.logp) == entries
         fix = "lay the entries end to end, token by token"
         need(fits, f"{entries} entries, as many as the counts say", got=f"{len(self.ids)} ids", do=fix)
-        each = {f.name: getattr(self, f.name) for f in fields(self)[3:]}
-        for name, x in each.items():
-            if x is not None:
+        for name in (f.name for f in fields(self)[3:]):
+            if (x := getattr(self, name)) is not None:
                 need(len(x) == tokens, f"{name} of {tokens} tokens", got=len(x), do=fix)
 
     def __len__(self) -> int:
