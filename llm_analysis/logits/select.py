@@ -144,7 +144,7 @@ def sizes(
     error = rest**2 / np.maximum(lots, 1) - np.take_along_axis(scan.left_squares, exact, axis=1)
     return exact, np.where(rest > 0, np.maximum(error, 0), 0.0)
 
-# %% ../../nbs/logits/52_select.ipynb #f8014610
+# %% ../../nbs/logits/52_select.ipynb #b0e32965
 EXACT, DRAWN = 2.4, 1.4  # bytes that an entry takes in the format v2, about
 
 
@@ -159,13 +159,14 @@ class VarOpt(Selector):
 
     def __post_init__(self):
         need(self.eps >= 0, "eps of 0 or more", got=self.eps, do="choose an expected squared error, such as 1e-4")
-        need(self.worth is None or self.worth > 0, "worth above 0", got=self.worth, do="choose one, such as 1.25e-5")
+        need(self.worth is None or self.worth > 0, "worth above 0", got=self.worth, do="choose one, such as 1.2e-5")
         both = self.size is not None and self.worth is not None
         need(not both, "size or worth", got="both", do="leave one out")
         counted("most" if self.size is None else "size", self.listed(), 1)
 
     def listed(self) -> int:
-        return self.size or self.most or (128 if self.worth is None else 256)
+        given = self.most if self.size is None else self.size
+        return given if given is not None else 128 if self.worth is None else 256
 
     def choose(self, scan: Scan, u: Float[np.ndarray, " tok"]) -> Choice:
         most, tok = self.listed(), np.arange(len(u))
