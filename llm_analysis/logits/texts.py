@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Reading', 'Text', 'read']
 
-# %% ../../nbs/logits/61_texts.ipynb #5b7b82b3
+# %% ../../nbs/logits/61_texts.ipynb #0899debf
 from dataclasses import dataclass
 from datetime import datetime
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -19,12 +20,14 @@ from ..lm.rows import conversation
 from ..lm.targets import Encoded, encode
 from ..lm.template import Template
 
-# %% ../../nbs/logits/61_texts.ipynb #6347cce6
+# %% ../../nbs/logits/61_texts.ipynb #af89693d
 @dataclass(frozen=True)
 class Reading:
     "How a row becomes tokens and targets"
 
-    text_column: str | None = None  # column of plain texts; None: rows are conversations
+    FLAT: ClassVar[bool] = True  # on a command line the fields are options of their own
+
+    text_column: str | None = None  # column of plain texts, every token a target; None: rows are conversations
     turns: str = "all"  # the assistant's turns that are targets: all or last
     max_seq_len: int | None = None  # tokens of a row at the most
     truncate: str = "none"  # what becomes of longer rows: none: they are left out; right, left: that side is cut

@@ -195,13 +195,14 @@ def table(
     columns = schema(about)
     return pa.Table.from_arrays([pa.array([r[f.name] for r in rows], f.type) for f in columns], schema=columns)
 
-# %% ../../nbs/logits/54_v2.ipynb #e3ca70fb
+# %% ../../nbs/logits/54_v2.ipynb #be795e25
 def _logp(row: dict, n: Int[np.ndarray, " tok"], whole: Float[np.ndarray, " tok"], about: dict) -> np.ndarray:
     "Log-probabilities of the exact entries, which add up to `whole`"
     if about["values"] == "bf16":
         return from_bf16(np.asarray(row["exact_bf16"], np.uint16)).astype(np.float64) - np.repeat(row["logsumexp"], n)
     found = from_steps(np.asarray(row["exact_drops"], np.uint16), n, about["step"])
-    return found + np.repeat(np.where(n > 0, whole - log_total(found, n), 0.0), n)
+    total = np.where(n > 0, log_total(found, n), 0.0)
+    return found + np.repeat(whole - total, n)
 
 
 def _sorted_back(gaps: Int[np.ndarray, " entry"], counts: Int[np.ndarray, " tok"]) -> Int[np.ndarray, " entry"]:
