@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #f2958677
+# %% ../nbs/98_cli.ipynb #d385d3d9
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -41,6 +41,10 @@ COMMANDS = (
         "extract",
         "llm_analysis.logits.run:extract",
         "a teacher's distributions over a data set, kept in little space",
+    ),
+    Command("logits", "plan", "llm_analysis.logits.plan:plan", "what that will cost, and how good it will be"),
+    Command(
+        "logits", "verify", "llm_analysis.logits.verify:verify", "ask the teacher again about random rows of a store"
     ),
     Command(
         "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"
