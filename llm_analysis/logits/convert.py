@@ -37,10 +37,10 @@ class Written:
     row: dict  # column: value
     lost: dict[str, int]  # what the format has no place for, and how often
 
-# %% ../../nbs/logits/58_convert.ipynb #590c7898
+# %% ../../nbs/logits/58_convert.ipynb #36728f9c
 def _known(x: np.ndarray | None) -> int:
     "How many tokens have a value"
-    return 0 if x is None else int(np.isfinite(x.reshape(len(x), -1)).all(1).sum())
+    return 0 if x is None else int(np.isfinite(x if x.ndim == 1 else x.sum(1)).sum())
 
 
 def _lost(picked: Picked, kept: Sequence[str] = (), more: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -156,7 +156,7 @@ def from_vllm(
     picked, dropped = _picked([items[i] for i in at], ids[at])
     return Taken(picked, ids, at, {"entries of probability zero": dropped} if dropped else {})
 
-# %% ../../nbs/logits/58_convert.ipynb #e56d99f0
+# %% ../../nbs/logits/58_convert.ipynb #54c5d6b3
 def to_vllm(
     picked: Picked,
     input_ids: Sequence[int] | Int[np.ndarray, " tok"],  # all tokens of the text
@@ -172,9 +172,10 @@ def to_vllm(
         if np.isfinite(target) and not lots:
             said[i].setdefault(int(ids[i]), Logprob(target, None))
     kept = ["entries drawn from the tail"] * lots + ["log-probabilities of the tokens that came"] * (not lots)
-    return Written(dict(prompt_token_ids=ids.tolist(), prompt_logprobs=said), _lost(picked, kept))
+    lost = _lost(picked, kept, {"tokens without an entry": sum(one == {} for one in said)})
+    return Written(dict(prompt_token_ids=ids.tolist(), prompt_logprobs=[one or None for one in said]), lost)
 
-# %% ../../nbs/logits/58_convert.ipynb #8d7d465f
+# %% ../../nbs/logits/58_convert.ipynb #025e1e13
 _NONE = -200.0  # log-probability of padding
 
 
@@ -184,11 +185,14 @@ def _padded(ids: np.ndarray, logp: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     return np.append(ids, free), np.append(logp, np.full(k - len(ids), _NONE))
 
 
-def _wide(picked: Picked, lots: bool, k: int) -> tuple[np.ndarray, np.ndarray, int]:
-    "Ids and log-probabilities in k columns, and how many entries were cut off"
-    found = [(*_padded(ids, logp, k), cut) for ids, logp, cut in _rows(picked, lots, k)]
-    ids, logp, cut = zip(*found) if found else ((), (), ())
-    return np.array(ids, dtype=np.int64).reshape(-1, k), np.array(logp, dtype=np.float64).reshape(-1, k), sum(cut)
+def _wide(picked: Picked, lots: bool, k: int) -> tuple[list, dict[str, int]]:
+    "Ids and log-probabilities of each token, k or none of them, and what was left behind"
+    found, lost = [], {f"entries beyond the {k} largest": 0, "tokens without an entry": 0}
+    for ids, logp, cut in _rows(picked, lots, k):
+        lost[f"entries beyond the {k} largest"] += cut
+        lost["tokens without an entry"] += not len(ids)
+        found.append(_padded(ids, logp, k) if len(ids) else (ids, logp))
+    return found, lost
 
 
 def from_distillkit(
@@ -209,7 +213,7 @@ def from_distillkit(
     lost = {"entries of probability zero": dropped, "rows behind the last token": len(logp) - n}
     return Taken(picked, ids, at, {k: v for k, v in lost.items() if v})
 
-# %% ../../nbs/logits/58_convert.ipynb #c02860b9
+# %% ../../nbs/logits/58_convert.ipynb #4083b3e0
 def to_distillkit(
     picked: Picked,
     input_ids: Sequence[int] | Int[np.ndarray, " tok"],  # all tokens of the text
@@ -224,13 +228,15 @@ def to_distillkit(
     need(len(at) == len(ids) - 1, f"all {len(ids) - 1} tokens behind the first", got=f"{len(at)} targets", do=fix)
     wide = max(picked.ids.max(initial=0), ids.max(initial=0))
     need(wide < layout.d, f"ids below {layout.d}", got=wide, do="give the width of the model's output as d")
-    entries, logp, cut = _wide(picked, lots, layout.k)
+    found, lost = _wide(picked, lots, layout.k)
+    got, fix = f"{lost['tokens without an entry']} without", "write with lots=True: here all of it was drawn"
+    need(not lost["tokens without an entry"], "an exact entry of every token", got=got, do=fix)
+    entries, logp = (np.array([one[j] for one in found]).reshape(len(found), layout.k) for j in (0, 1))
     row = dict(input_ids=ids.tolist(), compressed_logprobs=to_bytes(logp, layout).tolist())
     row |= dict(bytepacked_indices=pack_bits(entries, layout.bits).tolist())
-    kept = ["entries drawn from the tail"] * lots
-    return Written(row, _lost(picked, kept, {f"entries beyond the {layout.k} largest": cut}))
+    return Written(row, _lost(picked, ["entries drawn from the tail"] * lots, lost))
 
-# %% ../../nbs/logits/58_convert.ipynb #1726588a
+# %% ../../nbs/logits/58_convert.ipynb #3b365ba2
 def from_axolotl(
     row: Mapping,  # logprobs, target_token_ids
     input_ids: Sequence[int] | Int[np.ndarray, " tok"],  # all tokens of the text
@@ -263,14 +269,12 @@ def to_axolotl(
     "A row of Axolotl's columns"
     ids, at = _fits(picked, input_ids, positions)
     k = int((picked.exact + picked.sampled * lots).max(initial=0)) if k is None else k
-    entries, logp, cut = _wide(picked, lots, k)
+    wide, lost = _wide(picked, lots, k)
     rows = len(ids) - int(at[0]) if len(at) else 0
     found: dict[str, list[list]] = dict(logprobs=[[] for _ in range(rows)], target_token_ids=[[] for _ in range(rows)])
-    for i, e, x in zip(at.tolist(), entries.tolist(), logp.tolist()):
-        found["logprobs"][i - int(at[0])], found["target_token_ids"][i - int(at[0])] = x, e
-    return Written(
-        found, _lost(picked, ["entries drawn from the tail"] * lots, {f"entries beyond the {k} largest": cut})
-    )
+    for i, (e, x) in zip(at.tolist(), wide):
+        found["logprobs"][i - int(at[0])], found["target_token_ids"][i - int(at[0])] = x.tolist(), e.tolist()
+    return Written(found, _lost(picked, ["entries drawn from the tail"] * lots, lost))
 
 # %% ../../nbs/logits/58_convert.ipynb #ad50db7d
 def from_v1(

@@ -77,11 +77,11 @@ def unpack_bits(
     each = np.unpackbits(packed, axis=1)[:, : bits * k].reshape(len(packed), k, bits)
     return each @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
 
-# %% ../../nbs/logits/57_distillkit.ipynb #a7dbf2b9
+# %% ../../nbs/logits/57_distillkit.ipynb #ec3ab133
 def _numbers(part: UInt8[np.ndarray, "tok byte"], kind: str) -> np.ndarray:
     "Bytes as numbers, one row a token"
     found = np.ascontiguousarray(part).view(_DTYPES[kind])
-    return from_bf16(found) if kind == "bfloat16" else found
+    return from_bf16(found.ravel()).reshape(found.shape) if kind == "bfloat16" else found
 
 
 def _curve(coefficients: Float[np.ndarray, "tok term"], layout: Layout) -> Float[np.ndarray, "tok rest"]:

@@ -198,13 +198,13 @@ def dequantize_sampled_logits(
     "Logits of the entries that were drawn, an array a token"
     return _logits(sample, "sampled", token)
 
-# %% ../../nbs/logits/57_reader.ipynb #8a9b28cb
+# %% ../../nbs/logits/57_reader.ipynb #989484aa
 def _probs(sample: dict, kind: str) -> list[np.ndarray]:
     "Probabilities of the nuclei or of the tails"
     return [logits_to_probs(x, z) for x, z in zip(_logits(sample, kind, None), sample["logsumexp"])]
 
 
-def _named(ids: Sequence[int], tokenizer: Vocabulary | None) -> list[str]:
+def _named(ids: Sequence[int] | Int[np.ndarray, " k"], tokenizer: Vocabulary | None) -> list[str]:
     "Tokens by what they say, or by their numbers"
     if tokenizer is None:
         return [str(i) for i in ids]
@@ -319,7 +319,7 @@ def _one(target: int, ids, p, drawn, q) -> dict:
     rank = 1 + int((p > own).sum()) if len(where) else pd.NA
     return dict(p=own, most=most, kept=kept, rank=rank, best=best, best_p=p.max(initial=0.0), size=len(p), mass=mass)
 
-# %% ../../nbs/logits/57_reader.ipynb #ce0c9fac
+# %% ../../nbs/logits/57_reader.ipynb #d91ec3fc
 def analyze_token_probabilities(
     sample: dict,  # from `get_sample`
     input_ids: Sequence[int] | Int[np.ndarray, " tok"],  # all tokens of the text
@@ -329,14 +329,20 @@ def analyze_token_probabilities(
     "The probability of each token that came (nan where it was not kept), its rank, and what was likeliest"
     ids, at = _at(sample, input_ids, positions)
     each = zip(
-        ids[at], sample["top_indices"], _probs(sample, "top"), sample["sampled_indices"], _probs(sample, "sampled")
+        ids[at].tolist(),
+        sample["top_indices"],
+        _probs(sample, "top"),
+        sample["sampled_indices"],
+        _probs(sample, "sampled"),
     )
     known = ["p", "most", "kept", "rank", "best", "best_p", "size", "mass"]
     found = pd.DataFrame([_one(*one) for one in each], columns=known)
     found.insert(0, "position", at)
     found.insert(1, "id", ids[at])
     if tokenizer is not None:
-        found.insert(2, "text", [visible_line(x) for x in np.array([*token_texts(tokenizer, ids), ""], object)[at]])
+        found.insert(
+            2, "text", [visible_line(x) for x in np.array([*token_texts(tokenizer, ids.tolist()), ""], object)[at]]
+        )
         found["best"] = [_named([i], tokenizer)[0] if i >= 0 else "" for i in found["best"]]
     return found.astype({"rank": "Int64"})
 
@@ -357,7 +363,7 @@ class Html(str):
 
 _WORDS = {"nucleus": "in the nucleus: the bluer, the likelier", "lot": "drawn from the tail", "no": "not kept"}
 
-# %% ../../nbs/logits/57_reader.ipynb #a68ea169
+# %% ../../nbs/logits/57_reader.ipynb #ad1c7ba0
 def visualize_conversation_probabilities(
     sample: dict,  # from `get_sample`
     input_ids: Sequence[int] | Int[np.ndarray, " tok"],  # all tokens of the text
@@ -367,7 +373,7 @@ def visualize_conversation_probabilities(
     "The text in colours that say how likely each token was"
     found = analyze_token_probabilities(sample, input_ids, positions, tokenizer)
     about, parts = {r.position: r for r in found.itertuples()}, []
-    for i, piece in enumerate(visible(token_texts(tokenizer, input_ids))):
+    for i, piece in enumerate(visible(token_texts(tokenizer, np.asarray(input_ids).tolist()))):
         if (r := about.get(i)) is None:
             parts.append(f'<bdi style="opacity:.6">{escape(piece)}</bdi>')
             continue
