@@ -230,6 +230,10 @@ def test_a_folder_a_part_and_every_way_to_hand_it_on(run, opened, tmp_path):
         agree(get_sample(data, i), picked, truth, 290_943 - SIZE)
         assert get_sample(data, i)["id"] == f"r{i}"
     want = get_sample(data, 2)
+    pq.write_table(
+        pa.table({"note": [1]}), folder / "notes.parquet"
+    )  # where there is data/, nothing else is looked at
+    same(get_sample(opened(folder), 2), want)
     data.select([2]).save_to_disk(tmp_path / "saved")
     ways = [data.with_format(k).select([0, 2]) for k in ("numpy", "torch", "pandas", "arrow", None)]
     ways += [data.filter(lambda r: r["index"] == 2), datasets.load_from_disk(tmp_path / "saved")]
@@ -486,13 +490,16 @@ def test_what_is_written_comes_back(seed, n, lots, rule):
 
 
 def test_what_other_formats_cannot_hold_is_counted_or_refused():
-    ids, at, picked, _ = spoken()
+    ids, at, picked, truth = spoken()
     lost = to_axolotl(picked, ids, at, k=5).lost
     assert lost["entries drawn from the tail"] == picked.sampled.sum() > 0
     many = picks(1, 8, Nucleus(tail=0))[0]
     assert to_axolotl(many, ids, at, k=5).lost["entries beyond the 5 largest"] == (many.exact - 5).clip(0).sum() > 0
     assert lost["log-probabilities of the tokens that came"] == 8
-    assert "log-probabilities of the tokens that came" not in to_vllm(picked, ids, at).lost
+    said = to_vllm(picked, ids, at)  # has room for the token that came, as vLLM does
+    assert "log-probabilities of the tokens that came" not in said.lost
+    came = from_vllm(said.row["prompt_logprobs"], ids).picked.target
+    np.testing.assert_allclose(came, truth[np.arange(8), ids[at]], atol=1e-5)
     plain = Layout(SIZE, 12, 12, delta_encoding=False)
     with pytest.raises(InputError, match="all 8 tokens behind the first; got 3 targets"):
         to_distillkit(pick_out(picked, [0, 1, 2]), ids, at[:3], plain)
