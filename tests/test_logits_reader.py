@@ -18,6 +18,7 @@ from loopback_hub import point, serve
 from transformers import AutoTokenizer
 
 from llm_analysis.core import InputError, WorldError
+from llm_analysis.jobs.footer import options
 from llm_analysis.lm.model import TINY
 from llm_analysis.logits.convert import (
     Logprob,
@@ -49,7 +50,7 @@ from llm_analysis.logits.reader import (
     visualize_conversation_probabilities,
 )
 from llm_analysis.logits.select import VarOpt, uniforms
-from llm_analysis.logits.v1 import SCHEMA, decode, describe, encode, table, writing
+from llm_analysis.logits.v1 import SCHEMA, decode, describe, encode, table
 
 same = np.testing.assert_equal
 pick_out = lambda picked, which: take(picked, np.asarray(which, dtype=int))
@@ -80,7 +81,7 @@ def store(folder, rows, about):
     (folder / "_job" / "run.json").write_text('{"rows": 1}')
     for k, row in enumerate(rows):
         data = table([row], about)
-        pq.write_table(data, folder / "data" / f"part-{k:05d}-00000000.parquet", **writing(data.schema))
+        pq.write_table(data, folder / "data" / f"part-{k:05d}-00000000.parquet", **options(data.schema))
     return folder
 
 
