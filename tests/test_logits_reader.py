@@ -49,6 +49,7 @@ from llm_analysis.logits.reader import (
     unpack_indices,
     visualize_conversation_probabilities,
 )
+from llm_analysis.logits.run import extract
 from llm_analysis.logits.select import VarOpt, uniforms
 from llm_analysis.logits.v1 import SCHEMA, decode, describe, encode, table
 
@@ -78,7 +79,7 @@ def store(folder, rows, about):
     "A run's output folder: parts under data/, its own notes beside"
     (folder / "data").mkdir(parents=True)
     (folder / "_job").mkdir()
-    (folder / "_job" / "run.json").write_text('{"rows": 1}')
+    pq.write_table(pa.table({"row": [0], "length": [3]}), folder / "_job" / "plan.parquet")
     for k, row in enumerate(rows):
         data = table([row], about)
         pq.write_table(data, folder / "data" / f"part-{k:05d}-00000000.parquet", **options(data.schema))
@@ -253,8 +254,8 @@ def test_a_folder_a_part_and_every_way_to_hand_it_on(run, opened, tmp_path):
 def test_load_dataset_reads_the_folder(run, tmp_path, streaming):
     folder, made, about = run
     files = sorted(folder.glob("data/*.parquet"))
-    for path in (folder, folder / "data"):
-        data = datasets.load_dataset(str(path), split="train", streaming=streaming, cache_dir=str(tmp_path / "own"))
+    for named in (dict(path=str(folder / "data")), dict(path=str(folder), data_files="data/*.parquet")):
+        data = datasets.load_dataset(**named, split="train", streaming=streaming, cache_dir=str(tmp_path / "own"))
         rows = list(data)
         assert [r["index"] for r in rows] == [0, 1, 2, 3]
         for row, (picked, truth) in zip(rows, made):
@@ -336,6 +337,24 @@ def test_from_the_hub(run, tmp_path, monkeypatch):
 def test_names_that_are_no_path_and_no_hub_id(name, opened):
     with pytest.raises(InputError, match="a folder, a Parquet file or OWNER/NAME"):
         opened(name)
+
+
+def test_a_run_of_ours(tmp_path, opened):
+    "From the command to the earlier tool's reader, with its own notes beside the parts"
+    folder = tmp_path / "out"
+    extract("tiny/chat", output_dir=folder, max_samples=6, format="v1", device="cpu", route="padded")
+    data = opened(folder)
+    files = sorted((folder / "data").glob("*.parquet"))
+    named = dict(path=str(folder / "data"), split="train", cache_dir=str(tmp_path / "own"))
+    again = [*datasets.load_dataset(**named), *datasets.load_dataset(**named, streaming=True)]
+    assert sorted(data["index"][:]) == list(range(6)) and len(again) == 12
+    for i in range(6):
+        sample = get_sample(data, i)
+        assert sample["num_tokens"] > 0 and all(len(x) == 24 for x in sample["sampled_indices"])
+        for row in (r for r in again if r["index"] == sample["index"]):
+            same(sample_of(row, read_about(files)), sample)
+    sizes = analyze_nucleus_sizes(data)
+    assert ((sizes.mass >= 0.98 - 1e-4) | (sizes.sizes == 100)).all() and sizes.sizes.min() >= 1
 
 
 # looking
