@@ -17,7 +17,7 @@ from ..core import need
 from .picked import TEMPERATURES
 from .sparse import SparseTargets
 
-# %% ../../nbs/logits/59_loss.ipynb #db076fa4
+# %% ../../nbs/logits/59_loss.ipynb #da76bd44
 @dataclass(frozen=True)
 class _Said:
     "What the teacher is taken to say"
@@ -41,7 +41,8 @@ def _heated(t: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.T
     total = t.tempered[:, TEMPERATURES.index(temperature), None]
     logp = (t.logp / temperature - total).double()
     left = 1 - logp.exp().sum(1)  # rounded values may add up to a little more than one: then nothing is left
-    return logp.float(), left.clamp(min=0).log().float()
+    rest = left.clamp(min=0).log().float()
+    return logp.float(), rest.masked_fill(t.tail == -torch.inf, -torch.inf)
 
 
 def _xlogx(logp: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def _check(t: SparseTargets, beta: float, temperature: float, tail: str) -> None
     blind = tail == "sampled" and bool(t.weight.isnan().any())
     need(not blind, "entries by lot with weights", got="a tail without its threshold", do="take tail='bucket'")
 
-# %% ../../nbs/logits/59_loss.ipynb #1d8431f3
+# %% ../../nbs/logits/59_loss.ipynb #9ce5f8bc
 def _kl(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     "Sum of e^x (x - y); 0 where e^x is"
     there = x > -torch.inf
@@ -100,7 +101,7 @@ def _between(a: torch.Tensor, b: torch.Tensor, said: _Said, beta: float) -> torc
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
-def _slopes(a: torch.Tensor, b: torch.Tensor | None, said: _Said, beta: float) -> tuple[torch.Tensor, ...]:
+def _slopes(a: torch.Tensor, b: torch.Tensor | None, said: _Said, beta: float) -> tuple[torch.Tensor | None, ...]:
     "Value, and its slopes by a and b"
     if beta > 0:
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
