@@ -131,6 +131,15 @@ def test_bucket_is_a_lower_bound(way, k, seed):
         assert torch.allclose(got, truth, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, *TEMPERATURES])
+def test_nothing_left_stays_nothing_when_heated(temperature):
+    logits, z = rows(300, 7), rows(300, 8)
+    t = SparseTargets.of(picked(logits, VarOpt(size=VOCAB)), VOCAB)
+    for beta in (0.0, 0.5, 1.0):
+        got = sparse_kd_loss(z, t, beta=beta, temperature=temperature, tail="bucket", reduction="none")
+        assert torch.allclose(got, reference(z, t, logits, beta, temperature, "bucket"), atol=1e-5)
+
+
 def test_sampled_is_unbiased_and_scaled_up_is_not():
     draws, logits, z = 4000, rows(3, seed=5), rows(3, seed=6)
     p, q = logits.log_softmax(1), z.log_softmax(1)
@@ -174,7 +183,13 @@ def test_nothing_is_made_up():
     z = rows(4, seed=1)
     blind, plain = replace(t, entropy=t.entropy * torch.nan), sparse_kd_loss(z, t, reduction="none")
     assert torch.allclose(sparse_kd_loss(z, blind, reduction="none"), plain + t.entropy)
-    for bad in (dict(beta=0.5), dict(beta=1.0, tail="none"), dict(beta=-0.1), dict(temperature=2.0), dict(temperature=3.0)):
+    for bad in (
+        dict(beta=0.5),
+        dict(beta=1.0, tail="none"),
+        dict(beta=-0.1),
+        dict(temperature=2.0),
+        dict(temperature=3.0),
+    ):
         with pytest.raises(InputError):
             sparse_kd_loss(z, t, **bad)
     for T in TEMPERATURES:
@@ -327,7 +342,9 @@ def test_labels_alone_are_the_plain_trainer(tmp_path):
     data = store(network(0), 16, VarOpt())
     size = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
     mine = after(trainer(network(1), data, tmp_path, alpha=1.0, **size))
-    bare = lambda rows: {k: v for k, v in DistillationDataCollator(VOCAB)(rows).items() if k not in ("targets", "shift_labels")}
+    bare = lambda rows: {
+        k: v for k, v in DistillationDataCollator(VOCAB)(rows).items() if k not in ("targets", "shift_labels")
+    }
     own = dict(cls=Trainer, collate=bare, remove_unused_columns=False)
     theirs = after(trainer(network(1), data, tmp_path, **own, **size))
     assert (mine - theirs).abs().max() < 1e-5
@@ -353,4 +370,45 @@ def test_label_smoothing_is_refused(tmp_path):
 def test_certain_targets_are_labels():
     z, ids = rows(6), torch.arange(6)
     for tail in ("sampled", "bucket", "none"):
-        assert sparse_kd_loss(z, certain(ids, VOCAB), tail=tail).item() == pytest.approx(F.cross_entropy(z, ids).item())
+        assert sparse_kd_loss(z, certain(ids, VOCAB), tail=tail).item() == pytest.approx(
+            F.cross_entropy(z, ids).item()
+        )
+
+
+def test_mixed_precision_and_recomputed_activations(tmp_path):
+    data = store(network(0), 24, VarOpt(size=VOCAB))
+    size = dict(max_steps=40, optim="adamw_torch", learning_rate=3e-3, bf16=True)
+    made = trainer(network(1), data, tmp_path, **size)
+    before = made.evaluate()["eval_loss"]
+    made.train()
+    assert made.evaluate()["eval_loss"] < 0.6 * before
+    batch = made.data_collator(data[:4])
+    base, again = graded(network(2), batch), network(2).train()
+    again.activation_checkpointing_enable()
+    assert torch.allclose(graded(again, batch)[1], base[1], atol=1e-6)
+
+
+def test_trl(tmp_path):
+    pytest.importorskip("accelerate", reason="needs the extra `train`: pip install -e '.[train]'")
+    trl = pytest.importorskip("trl", reason="works with TRL's SFTTrainer where it is installed")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, PrinterCallback
+
+    from llm_analysis.lm.model import TINY
+    from llm_analysis.logits.distil import DistillationMixin
+
+    class Mine(DistillationMixin, trl.SFTTrainer):
+        "TRL's trainer on a store"
+
+    data = store(network(0), 24, VarOpt(size=VOCAB))
+    rows = Dataset.from_dict({"index": list(range(len(data)))})
+    rows = rows.with_transform(lambda b: {k: [data[i][k] for i in b["index"]] for k in data[0]})
+    options = dict(max_steps=40, learning_rate=3e-3, report_to=[], use_cpu=True, bf16=False, save_strategy="no")
+    options |= dict(dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, disable_tqdm=True)
+    given = dict(data_collator=DistillationDataCollator(VOCAB), train_dataset=rows)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    made = Mine(network(1), trl.SFTConfig(str(tmp_path), **options), processing_class=tokenizer, **given)
+    made.remove_callback(PrinterCallback)
+    made.train()
+    fell = [x["loss"] for x in made.state.log_history if "loss" in x]
+    assert fell[-1] < 0.6 * fell[0]

@@ -80,7 +80,7 @@ class DistillationDataCollator:
         batch = {k: torch.from_numpy(v.reshape(shape)) for k, v in batch.items()}
         return batch | {"targets": SparseTargets.of(concatenate(picked), self.vocab)}
 
-# %% ../../nbs/logits/60_distil.ipynb #42aabd19
+# %% ../../nbs/logits/60_distil.ipynb #3f1bbb2d
 def plain_head(
     model,  # a causal language model
 ) -> bool:
@@ -102,7 +102,7 @@ def plain_head(
         model.train(training)
     return own.shape == logits.shape and bool((own - logits).abs().max() <= 0.1)
 
-
+# %% ../../nbs/logits/60_distil.ipynb #19e78528
 @contextmanager
 def _seen(head: torch.nn.Module, gather: Int[torch.Tensor, " draw"]) -> Iterator[list[torch.Tensor]]:
     "Inside, the head sees one position, and all gathered ones are noted"

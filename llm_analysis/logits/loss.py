@@ -135,7 +135,7 @@ def _read(z: torch.Tensor, said: _Said, beta: float, temperature: float, sloped:
         slope += inner.mul_(by_b[:, None])
     return value, slope.scatter_add_(1, said.ids, by_a).div_(temperature)
 
-# %% ../../nbs/logits/59_loss.ipynb #a176b16a
+# %% ../../nbs/logits/59_loss.ipynb #6bd41eef
 def _sweep(x, weight, bias, said: _Said, how: tuple, scale=None, wants=(True, True, True)):
     "Value of each token; with a scale for each token also the gradients of x, weight and bias"
     beta, temperature, chunk = how
@@ -155,7 +155,7 @@ def _sweep(x, weight, bias, said: _Said, how: tuple, scale=None, wants=(True, Tr
         slope = slope.mul_(scale[rows, None]).to(h.dtype)
         owed[0][rows] = slope if weight is None else slope @ weight.to(h.dtype)
         if owed[1] is not None:
-            owed[1] += slope.T @ h
+            owed[1] = owed[1].addmm_(slope.T, h) if h.dtype == dtype else owed[1].add_(slope.T @ h)
         if owed[2] is not None:
             owed[2] += slope.sum(0)
     return value, [g if g is None else g.to(y.dtype) for g, y in zip(owed, (x, weight, bias))]
