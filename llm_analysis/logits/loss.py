@@ -191,7 +191,7 @@ class _Now(torch.autograd.Function):
     def backward(ctx, grad):
         return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
-# %% ../../nbs/logits/59_loss.ipynb #fe6e6749
+# %% ../../nbs/logits/59_loss.ipynb #3f8b8dd4
 Student = torch.Tensor | tuple[torch.Tensor, torch.nn.Linear | torch.Tensor]
 
 
@@ -206,7 +206,7 @@ def _parts(student: Student) -> tuple[torch.Tensor, torch.Tensor | None, torch.T
     need(plain, "a Linear output head or its weight", got=type(head).__name__, do="give the student's logits")
     return hidden, head.weight, head.bias
 
-
+# %% ../../nbs/logits/59_loss.ipynb #8c3a24fa
 def sparse_kd_loss(
     student: Student,  # logits [tok, vocab], or hidden states [tok, d_model] with the output head or its weight
     targets: SparseTargets,  # of the same tokens
