@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import torch
 from logits_mix import V, as_bf16, mixed
 
+from llm_analysis.jobs.footer import options
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.picked import Picked
 from llm_analysis.logits.quantise import LEVELS, kl_bound
 from llm_analysis.logits.select import uniforms
-from llm_analysis.logits.v1 import decode, describe, encode, table, writing
+from llm_analysis.logits.v1 import decode, describe, encode, table
 
 TEXT, MOST, MASS, TAIL, CLAIM = 128, 100, 0.98, 24, 250
 
@@ -42,7 +43,7 @@ def texts(seed: int, tokens: int, head) -> list[Picked]:
 def nbytes(rows: list[dict], about: dict, own: bool) -> tuple[int, dict]:
     "Size of a file, and the bytes of its columns"
     data, sink = table(rows, about), pa.BufferOutputStream()
-    pq.write_table(data, sink, **({} if own else writing(data.schema)))
+    pq.write_table(data, sink, **({} if own else options(data.schema)))
     group = pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata.row_group(0)
     chunks = [group.column(i) for i in range(group.num_columns)]
     return sink.getvalue().size, {c.path_in_schema.split(".")[0]: c.total_compressed_size for c in chunks}

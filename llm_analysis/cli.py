@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #120fde83
+# %% ../nbs/98_cli.ipynb #f2958677
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -36,6 +36,12 @@ COMMANDS = (
     Command("explain", "status", "llm_analysis.explain.run:status", "how far a run is, and who is at work on it"),
     Command("explain", "merge", "llm_analysis.explain.run:merge", "tables, page and files for other tools of a run"),
     Command("explain", "report", "llm_analysis.explain.run:finish", "the tables and the page of a run, made anew"),
+    Command(
+        "logits",
+        "extract",
+        "llm_analysis.logits.run:extract",
+        "a teacher's distributions over a data set, kept in little space",
+    ),
     Command(
         "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"
     ),

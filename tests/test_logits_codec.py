@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from jaxtyping import TypeCheckError
 
 from llm_analysis.core import InputError, WorldError
+from llm_analysis.jobs.footer import options
 from llm_analysis.logits.ids import from_planes, high_bits, pack, planes, unpack
 from llm_analysis.logits.picked import Picked, concatenate, take
 from llm_analysis.logits.quantise import (
@@ -25,7 +26,7 @@ from llm_analysis.logits.quantise import (
     to_bf16,
     to_steps,
 )
-from llm_analysis.logits.v1 import SCHEMA, decode, describe, described, encode, schema, table, writing
+from llm_analysis.logits.v1 import SCHEMA, decode, describe, described, encode, schema, table
 
 # ids
 
@@ -266,7 +267,7 @@ def test_round_trip_through_a_file(tmp_path, name, shift, vocab):
     assert about["top_counts"] == ("uint16" if max([0, *exact]) > 255 else "uint8")
     row = encode(5, picked, about)
     data = table([row, row], about)
-    pq.write_table(data, tmp_path / "a.parquet", **writing(data.schema))
+    pq.write_table(data, tmp_path / "a.parquet", **options(data.schema))
     read = pq.read_table(tmp_path / "a.parquet")
     assert str(read.to_pylist()) == str(data.to_pylist()) and described(read.schema) == about
     if "whole" in name and not shift:
@@ -376,7 +377,7 @@ def folder(tmp_path):
     for k in range(2):
         rows = [encode(i, picks[i], about, id=f"r{i}") for i in range(3 * k, 3 * k + 3)]
         data = table(rows, about)
-        pq.write_table(data, tmp_path / f"part-{k}.parquet", **writing(data.schema))
+        pq.write_table(data, tmp_path / f"part-{k}.parquet", **options(data.schema))
     return tmp_path, picks, about
 
 

@@ -79,14 +79,14 @@ def gram(
         k[at : at + 256] = kernel.joint * bent + kernel.single * plain + kernel.size * size_term(some, t, even)
     return k + LEVEL if even else k
 
-# %% ../../nbs/explain/41_kernel.ipynb #0696b34b
+# %% ../../nbs/explain/41_kernel.ipynb #63bc8064
 def quadrature(n: int, most: int = 32) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
     "Gauss-Legendre nodes and weights on (0, 1); exact for even polynomials of n players as long as `most` are enough"
     m = min(n // 4 + 1, most)
     x, w = np.polynomial.legendre.leggauss(2 * m)
     return x[m:], w[m:]
 
-
+# %% ../../nbs/explain/41_kernel.ipynb #cf12fd1f
 def square(n: int) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
     "Products of two nodes on (-1, 1), and weights by which a function of them is integrated over both"
     y, w = quadrature(n, 24)
@@ -106,7 +106,7 @@ def pair_scale(reach: Float[np.ndarray, " player"]) -> float:
     mean = _flat(reach)
     return float(np.log(mean) - np.log(1 + np.exp(-2 * reach.sum()) - mean))
 
-
+# %% ../../nbs/explain/41_kernel.ipynb #dfec1201
 def noise_shares(
     coal: Bool[np.ndarray, "pair player"],
 ) -> Float[np.ndarray, "pair player"]:  # adds up to 0 in each row, to 2 for everybody

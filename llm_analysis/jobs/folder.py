@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TOKENS', 'WINDOW', 'STATIC', 'move_aside', 'Planned', 'open_run']
 
-# %% ../../nbs/jobs/18_folder.ipynb #eea263a5
+# %% ../../nbs/jobs/18_folder.ipynb #ccf76de9
 import os
 import re
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from fastcore.basics import patch
 
 from ..core import WorldError, need
@@ -100,13 +102,16 @@ def plan(self: Planned) -> Plan:
     m = measure(self.source.data, self.step, **own)
     return make_plan(m.length, m.cost, reasons=m.reason, shards=shards, **wanted)
 
-# %% ../../nbs/jobs/18_folder.ipynb #71dacda9
+# %% ../../nbs/jobs/18_folder.ipynb #520687fd
 @patch
 def check_ids(self: Planned, rows: Rows) -> None:
     "Refuse ids that are no ids, or not those that the step promises"
     ids, kind = row_ids(rows, self.id_column), self.step.schema.field(0).type
     fix = "give the schema's first column the type of the ids"
-    need(kind == ids.type or not len(ids), f"ids of type {kind}", got=ids.type, do=fix)
+    short = pa.types.is_integer(kind) and pa.types.is_integer(ids.type)  # a step may store numbers in fewer bits
+    most = pc.max(ids).as_py() if short and len(ids) else 0
+    fits = kind == ids.type or short and most < 2 ** (kind.bit_width - 1)
+    need(fits or not len(ids), f"ids of type {kind}", got=ids.type, do=fix)
 
 
 @patch

@@ -203,7 +203,7 @@ def _summary(
     now = dict(computed=max(done - before, 0), seconds=seconds, deaths=deaths, ended=ended, sent=sent)
     return Summary(self.folder, rows, done, **counted(parts), **now)
 
-# %% ../../nbs/jobs/19_job.ipynb #2d85390d
+# %% ../../nbs/jobs/19_job.ipynb #81dd2c81
 @patch
 def status(self: Job) -> Status:
     "How far the run is, whoever is at work on it"
@@ -247,5 +247,5 @@ def load(self: Job) -> "datasets.Dataset":
 
     table = open_run(self.folder)[1].open_table()
     ids = row_ids(self.source.data, self.id_column)
-    place = pc.index_in(table[self.id_column], value_set=ids)
+    place = pc.index_in(table[self.id_column].cast(ids.type), value_set=ids)
     return datasets.Dataset(table.take(pc.sort_indices(place)))

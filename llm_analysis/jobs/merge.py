@@ -23,7 +23,7 @@ from .parts import Log
 from .pulse import at_rest
 from .verify import clear_leftovers, replace_data
 
-# %% ../../nbs/jobs/14_merge.ipynb #45fe3aae
+# %% ../../nbs/jobs/14_merge.ipynb #2243c0cd
 def _groups(all_parts: Sequence[Part], limit: float) -> list[list[Part]]:
     "Runs of parts that follow one another without a gap, each up to `limit` bytes"
     groups: list[list[Part]] = []
@@ -40,7 +40,8 @@ def _groups(all_parts: Sequence[Part], limit: float) -> list[list[Part]]:
 def _merged(log: Log, group: Sequence[Part], folder: Path) -> None:
     "Write one part that holds exactly what a group holds"
     tables = [footer.read_table(p.path) for p in group]
-    meta = log.schema.metadata if log.schema else None
+    own = tables[0].schema.metadata or {}  # what the study noted, which the merged part notes, too
+    meta = {k: v for k, v in own.items() if not k.startswith(footer.PREFIX)}
     table = pa.concat_tables([t.replace_schema_metadata(meta) for t in tables])
     skipped, halved = ([x for p in group for x in getattr(p, k)] for k in ("skipped", "halved"))
     first, stop = group[0], group[-1].stop

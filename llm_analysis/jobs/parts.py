@@ -205,7 +205,7 @@ def _publish(log: "Log", shard: int, start: int, chunks: Sequence[Chunk]) -> lis
                 here = stop
     return wrote
 
-# %% ../../nbs/jobs/12_parts.ipynb #d6e537d6
+# %% ../../nbs/jobs/12_parts.ipynb #ade54bd9
 def settle(
     folder: Path,  # of the run
 ) -> None:
@@ -216,7 +216,9 @@ def settle(
             os.rename(job / "next", folder / "data")
 
 
-def prepare(log: "Log") -> None:
+def prepare(
+    log: object,  # the run's `Log`
+) -> None:
     "Make the folders of a run, remove what dead writers left, and find out about hard links"
     tmp = log.folder / "_job" / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
