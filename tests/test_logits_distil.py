@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_analysis.core import InputError, WorldError
+from llm_analysis.logits import v2
 from llm_analysis.logits.distil import DistillationDataCollator, distillation_loss, plain_head
 from llm_analysis.logits.loss import sparse_kd_loss
 from llm_analysis.logits.nucleus import Nucleus
@@ -212,14 +213,14 @@ def network(seed, vocab=VOCAB, width=24, tie=False):
 
 
 @torch.no_grad()
-def store(model, count, selector, seed=0, shift=0, check=True):
+def store(model, count, selector, seed=0, shift=0, check=True, dtype=torch.float32):
     "Rows of random texts with random targets; with a shift, distributions of the wrong places"
     rng, found = np.random.default_rng(seed), []
     for k in range(count):
         text = rng.integers(0, VOCAB, rng.integers(4, 15))
         at = np.sort(rng.choice(np.arange(2, len(text) - 1), rng.integers(1, len(text) - 2), replace=False))
         logits = model(torch.from_numpy(text)[None]).logits[0, at - 1 + shift]
-        p = selector.pick(logits, uniforms(seed, k, at), text[at + shift])
+        p = selector.pick(logits.to(dtype), uniforms(seed, k, at), text[at + shift])
         p = p if check else replace(p, target=p.target * np.nan)
         found.append(dict(input_ids=text, positions=at, picked=p, other="column"))
     return found
@@ -258,6 +259,24 @@ def test_packed_is_padded(count, selector, alpha, tie, seed):
         got = graded(student, DistillationDataCollator(VOCAB, 7, pack)(data), alpha=alpha, tail=tail, fused=True)
         assert got[0] == pytest.approx(base[0], rel=1e-5)
         assert (got[1] - base[1]).abs().max() < 1e-5 * max(1.0, float(base[1].abs().max()))
+
+
+@pytest.mark.parametrize("values", ["steps", "bf16"])
+def test_from_the_format(values):
+    "Rows that went through v2 train as those that did not, to its rounding"
+    low = torch.bfloat16 if values == "bf16" else torch.float32
+    data, about = store(network(0), 12, VarOpt(size=12), dtype=low), v2.describe(VOCAB, values=values)
+    samples = [
+        v2.Sample(k, np.int32(r["input_ids"]), np.int32(r["positions"]), r["picked"]) for k, r in enumerate(data)
+    ]
+    table = v2.table([v2.encode(s, about) for s in samples], about)
+    back = [v2.decode(row, v2.described(table.schema)) for row in table.to_pylist()]
+    collate, student = DistillationDataCollator(VOCAB), network(1)
+    before, after = (graded(student, collate(rows)) for rows in (data, back))
+    assert after[0] == pytest.approx(before[0], abs=0.02)
+    assert F.cosine_similarity(before[1], after[1], dim=0) > 0.999
+    with pytest.raises(InputError, match="v1 does not hold them"):
+        collate([replace(back[0], input_ids=None)])
 
 
 def test_labels_alone_are_the_models_own_loss():

@@ -22,10 +22,12 @@ from .loss import Student, sparse_kd_loss
 from .picked import Picked, concatenate
 from .sparse import SparseTargets, certain
 
-# %% ../../nbs/logits/60_distil.ipynb #57e32aeb
+# %% ../../nbs/logits/60_distil.ipynb #b82ed659
 def _checked(row) -> tuple[Int[np.ndarray, " tok"], Int[np.ndarray, " k"], Picked]:
     "Ids, positions and what was picked of a row, if they belong together"
     get = row.__getitem__ if isinstance(row, Mapping) else lambda name: getattr(row, name)
+    bare = get("input_ids") is None or get("positions") is None
+    need(not bare, "rows with input_ids and positions", got="none", do="add them to the row: v1 does not hold them")
     ids, at, picked = np.asarray(get("input_ids")), np.asarray(get("positions"), dtype=np.int64), get("picked")
     fix = "take the row as the store gives it"
     need(len(at) == len(picked), f"{len(picked)} positions, one for each distribution", got=len(at), do=fix)
