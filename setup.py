@@ -25,7 +25,9 @@ setup(
     package_data={"llm_analysis": ["assets/**/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "lab", "ray", "bench")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "lab", "train", "ray", "bench")
+    },
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     classifiers=[
         "Development Status :: 3 - Alpha",
