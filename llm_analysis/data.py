@@ -255,7 +255,7 @@ def _source(
         data, known = read_file(path, limit), Preset(path.stem)
     return data, split, known, ()
 
-# %% ../nbs/38_data.ipynb #4b8cb686
+# %% ../nbs/38_data.ipynb #d2d7ad26
 def open_rows(
     dataset: str,  # tiny/reviews (news, facts, chat), a .csv, .tsv, .jsonl, .json or .parquet file, a folder (also of a finished run), or OWNER/NAME
     *,
@@ -267,12 +267,8 @@ def open_rows(
     turns: bool = False,  # rows with `messages`, or `prompt` and `completion`, are conversations, if no text_column is named
 ) -> Rows:
     "The rows of a data set; `InputError` for a wrong name or argument, `WorldError` for broken contents"
-    need(
-        max_samples is None or max_samples >= 1,
-        "max_samples of at least 1",
-        got=max_samples,
-        do="leave it out for all",
-    )
+    some = max_samples is None or max_samples >= 1
+    need(some, "max_samples of at least 1", got=max_samples, do="leave it out for all")
     need(model is None or model.strip() != "", "the name of a model", got=repr(model), do="name one, or leave it out")
     home = _home(dataset)
     fix = "name one with --model; tiny is taken by itself only for tiny/… and files of yours"

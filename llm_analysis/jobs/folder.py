@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TOKENS', 'WINDOW', 'STATIC', 'move_aside', 'Planned', 'open_run']
 
-# %% ../../nbs/jobs/18_folder.ipynb #ccf76de9
+# %% ../../nbs/jobs/18_folder.ipynb #951fabac
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from fastcore.basics import patch
 
 from ..core import WorldError, need
 from . import identity
+from .card import at_home
 from .parts import Log
 from .plan import Plan, load_plan, make_plan, save_plan
 from .pulse import beats
@@ -122,7 +124,7 @@ def spec(self: Planned, rows: Rows, plan: Plan) -> dict:
     own = dict(step=type(step).__name__, version=step.version, settings=settings, schema=step.schema, plan=plan)
     return identity.make_spec(rows, id_column=self.id_column, **own)
 
-# %% ../../nbs/jobs/18_folder.ipynb #0b67fcc6
+# %% ../../nbs/jobs/18_folder.ipynb #165db4f0
 @patch
 def settle(self: Planned) -> tuple[Plan, Log]:
     "The plan and the log of this run, in a folder that is this run's"
@@ -146,6 +148,8 @@ def settle(self: Planned) -> tuple[Plan, Log]:
     identity.save_spec(self.folder, spec)
     if not (self.folder / "_job" / "plan.parquet").exists():
         save_plan(plan, self.folder / "_job" / "plan.parquet")
+    with suppress(FileExistsError), open(self.folder / "README.md", "x", encoding="utf-8") as file:
+        file.write(at_home(spec))  # so that `datasets` finds the rows and nothing else
     return plan, Log(self.folder, identity.spec_fingerprint(spec), self.step.schema, say=self.say)
 
 # %% ../../nbs/jobs/18_folder.ipynb #640a40f9

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Cells', 'LogitStore']
 
-# %% ../../nbs/logits/56_store.ipynb #35cd1c44
+# %% ../../nbs/logits/56_store.ipynb #9f24e207
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #ab22f389
+# %% ../../nbs/logits/56_store.ipynb #555cb520
 class LogitStore:
     "The distributions of a data set, by index and in order; iterating reads part by part and holds one of them"
 
@@ -114,6 +113,7 @@ class LogitStore:
         self.system, self.paths = _places(self.name, split, revision)
         self.about = self._about(self.paths[0])
         self.held: tuple[int, Cells] | None = None
+        self.known: dict[int, tuple[int, int]] | None = None
 
     def _about(self, path: str) -> dict:
         "What a part says about itself"
@@ -132,28 +132,28 @@ class LogitStore:
         "Width of the teacher's output; None for files of the earlier tool, which do not say"
         return self.about["vocab"]
 
-    @cached_property
-    def places(self) -> dict[int, tuple[int, int]]:
-        "Part and row of each index, in the order of the index"
+    def __len__(self) -> int:
+        return len(self.places())
+
+# %% ../../nbs/logits/56_store.ipynb #d6f66cd3
+@patch
+def places(
+    self: LogitStore,
+) -> dict[int, tuple[int, int]]:  # index → part and row
+    "Where each row is, in the order of the indices; read once"
+    if self.known is None:
         found = {}
         for part, path in enumerate(self.paths):
             with self.system.open(path, "rb") as file:
                 indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
-            for row, i in enumerate(indices):
-                need(
-                    i not in found,
-                    f"every row of {self.name} once",
-                    got=f"index {i} twice",
-                    do="verify the run",
-                    error=WorldError,
-                )
-                found[i] = (part, row)
-        return dict(sorted(found.items()))
+            twice = [i for i in indices if i in found]
+            got = f"index {twice[:1]} twice"
+            need(not twice, f"every row of {self.name} once", got=got, do="verify the run", error=WorldError)
+            found |= {i: (part, row) for row, i in enumerate(indices)}
+        self.known = dict(sorted(found.items()))
+    return self.known
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-# %% ../../nbs/logits/56_store.ipynb #2680218c
+# %% ../../nbs/logits/56_store.ipynb #ebfce801
 @patch
 def _cells(self: LogitStore, part: int) -> Cells:
     "The columns of a part; the last one is kept"
@@ -181,12 +181,12 @@ def __getitem__(
     index: int,  # the row's index, its place in the data set that it came from
 ) -> Sample:
     "The row of this index; `KeyError` where nothing was kept of it"
-    if index not in self.places:
+    if index not in self.places():
         raise KeyError(f"index {index}: nothing was kept of it, or it is not in the data set")
-    part, row = self.places[index]
+    part, row = self.places()[index]
     return _sample(self._cells(part).row(row), self.about)
 
-
+# %% ../../nbs/logits/56_store.ipynb #e683a689
 @patch
 def __iter__(self: LogitStore) -> Iterator[Sample]:
     "All rows, part by part"
@@ -199,7 +199,7 @@ def __iter__(self: LogitStore) -> Iterator[Sample]:
 @patch
 def indices(self: LogitStore) -> list[int]:
     "The indices of all rows, rising; `list(store)` is in the order of the parts"
-    return list(self.places)
+    return list(self.places())
 
 
 @patch
