@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Verified', 'read_as', 'same_template', 'compare', 'verify']
 
-# %% ../../nbs/logits/66_verify.ipynb #4d232160
+# %% ../../nbs/logits/66_verify.ipynb #7eea97ef
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..lm.model import LM, load
 from ..lm.packing import stream_logits
 from ..lm.targets import Encoded
 from ..lm.template import Template
+from . import v2
 from .run import opened, program_of
 from .store import LogitStore
 from .texts import Reading, Text, read
