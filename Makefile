@@ -12,7 +12,7 @@ PATIENT = OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 # threads that wait do not bu
 ALONE = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 # as many processes as cores, one thread each
 # the scripts in bench/ that need no argument
 CLAIMS = packing planted jobs explain_speed explain_tokenshap explain_accuracy explain_interactions \
-  logits_unbiased logits_size
+  logits_unbiased logits_size logits_student logits_speed logits_distil
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .PHONY: help install demo test check format nb nbs lab docs bench slow torture hooks readme constraints clean
