@@ -60,7 +60,7 @@ def done(folder, tmp_path_factory):  # noqa: F811
 def test_files(done):
     made = ["report.html", "samples.parquet", "token_shap.csv", "token_shap.json", "token_shap_records.json"]
     made += ["values.parquet"]
-    assert sorted(p.name for p in done.output_dir.iterdir()) == ["_job", "data", "manifest.json", *made]
+    assert sorted(p.name for p in done.output_dir.iterdir()) == ["README.md", "_job", "data", "manifest.json", *made]
     assert [p.name for p in done.output_dir.parent.iterdir()] == ["deep"]
 
 
