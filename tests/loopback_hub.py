@@ -127,8 +127,8 @@ class Repo:
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
 
-BEFORE = ("429", "ratelimit", "429-bare", "500", "503", "504", "closed")  # the request is not handled
-AFTER = ("lost", "late-504", "slow")  # it is handled: the connection closes, the reply is a 504, the reply takes long
+BEFORE = ("409", "412", "429", "ratelimit", "429-bare", "500", "503", "504", "closed")  # the request is not handled
+AFTER = ("lost", "late-500", "late-504", "slow")  # it is handled: the connection closes, a 5xx replies, it takes long
 
 
 @dataclass
@@ -364,8 +364,8 @@ class Door:
             hub.broken.append(broken)
         if asked.fault == "lost":
             return await self.cut(scope, receive)
-        if asked.fault == "late-504":
-            return await self.say(asked, error("504", 0), scope, receive, send)
+        if asked.fault in ("late-500", "late-504"):
+            return await self.say(asked, error(asked.fault.removeprefix("late-"), 0), scope, receive, send)
         if asked.fault == "slow":
             await asyncio.sleep(hub.faults.slow)
         asked.status = reply[0]["status"]
@@ -407,6 +407,9 @@ def error(fault: str, seconds: float) -> Response:
         policy = {"ratelimit": f'"api";r=0;t={wait}', "ratelimit-policy": '"fixed window";"api";q=1000;w=300'}
         headers = {"429": {"Retry-After": wait}, "ratelimit": policy, "429-bare": {}}[fault]
         return JSONResponse({"error": "We had to rate limit you."}, 429, headers)
+    if fault in ("409", "412"):
+        words = {"409": "Another commit operation is in progress", "412": "A commit has happened since"}[fault]
+        return JSONResponse({"error": f"{words}. Please refresh and try again."}, int(fault))
     page = f"<html><body><h1>{fault}</h1><p>The request could not be satisfied.</p></body></html>"
     return Response(page, int(fault), media_type="text/html")
 
