@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from chat_templates import MORE, NOW, SHAPES, SHOUT, STRICT
+from chat_templates import MORE, SHAPES, SHOUT, STRICT
 from test_chat import CHANGING, CHAT, byte_level, labels, made, stands_for
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,7 +107,9 @@ def by_hand(name: str, chat: int, limit: int | None, side: str) -> tuple[list[in
     own, text = labels(shape, CHATS[chat])
     ids = TOK(text, add_special_tokens=False, verbose=False)["input_ids"]
     hand = [any(own[k] is not None for k in ks) for ks in stands_for(TOK, text, ids)]
-    keep = slice(None) if limit is None or side == "none" else slice(0, limit) if side == "right" else slice(-limit, None)
+    keep = (
+        slice(None) if limit is None or side == "none" else slice(0, limit) if side == "right" else slice(-limit, None)
+    )
     return ids[keep], [p for p, is_target in enumerate(hand[keep]) if is_target and p > 0]
 
 

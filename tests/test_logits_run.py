@@ -321,7 +321,9 @@ def test_from_the_hub(calm, tmp_path, monkeypatch):
 
 
 def test_polars_reads_it(calm):
-    polars = pytest.importorskip("polars", reason="polars is not installed: whether it reads a store is not tried here")
+    polars = pytest.importorskip(
+        "polars", reason="polars is not installed: whether it reads a store is not tried here"
+    )
     frame = polars.read_parquet(calm.out / "data" / "*.parquet").sort("index")
     assert frame["index"].to_list() == calm.kept
     assert frame["exact_ids"].to_list() == table_of(calm.out)["exact_ids"].to_pylist()
@@ -344,7 +346,10 @@ WRONG = {
         dict(reading=Reading(text_column="text"), chat_template=Path("any.jinja")),
         "no template for plain texts",
     ),
-    "too short": (dict(reading=Reading(max_seq_len=3)), "a target in one of the first 1 rows; got 1 without: too long"),
+    "too short": (
+        dict(reading=Reading(max_seq_len=3)),
+        "a target in one of the first 1 rows; got 1 without: too long",
+    ),
     "route": (dict(route="magic"), "a route of .*; got 'magic'"),
     "batch": (dict(jobs=dict(batch_tokens=0)), "batch_tokens above 0"),
     "size": (dict(selection=dict(select="topk")), "size beside select topk"),
