@@ -164,7 +164,7 @@ class Extract(Step):
         "Everything that the output depends on"
         return self.about | dict(route=self.request.route, id_column=self.request.id_column)
 
-# %% ../../nbs/logits/62_extract.ipynb #ab1e8db4
+# %% ../../nbs/logits/62_extract.ipynb #372380d5
 @patch
 def text(self: Extract, row: dict) -> Text:
     "The row as tokens and targets"
@@ -185,7 +185,7 @@ def leave_out(self: Extract, row: dict) -> str | None:
     "Why nothing of the row is kept"
     return self.text(row).reason
 
-
+# %% ../../nbs/logits/62_extract.ipynb #ea5df504
 @patch
 def setup(self: Extract, device: str) -> None:
     "Load the model, unless this is the process that has it; `WorldError` if it is not the same"
