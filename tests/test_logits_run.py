@@ -139,7 +139,7 @@ def same(out: Path, calm: Calm) -> None:
     report = verify(str(out))
     assert not report.damaged and not report.twice and not report.missing
     left_out = skipped_table(open_run(out)[1])
-    assert sorted(left_out["index"].to_pylist() + calm.kept) == list(range(len(left_out) + len(calm.kept)))
+    assert sorted(left_out["id"].to_pylist() + calm.kept) == list(range(len(left_out) + len(calm.kept)))
 
 
 RATES = {
@@ -362,7 +362,7 @@ WRONG = {
     "device": (dict(device="abacus"), "abacus"),
     "dtype": (dict(dtype="int3"), "int3"),
     "samples": (dict(max_samples=0), "max_samples"),
-    "columns": (dict(dataset="columns"), "messages"),
+    "columns": (dict(dataset="columns"), "points"),
     "nowhere": (dict(dataset="nowhere.jsonl"), "nowhere.jsonl"),
 }
 
@@ -375,7 +375,7 @@ def test_wrong_inputs(name, tmp_path, monkeypatch):
     data = tmp_path / "mine.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
     (tmp_path / "columns").mkdir()
-    (tmp_path / "columns" / "it.jsonl").write_text('{"question": "?", "points": 3}\n')
+    (tmp_path / "columns" / "it.jsonl").write_text('{"points": 3}\n')
     kinds = dict(jobs=JobOptions, selection=Selection, reading=Reading)
     with pytest.raises(InputError, match=match) as refused:
         made = {k: kinds[k](**v) if k in kinds and isinstance(v, dict) else v for k, v in how.items()}
