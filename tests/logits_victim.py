@@ -82,6 +82,7 @@ class Victims:
     "The one process, and the runs that it has begun"
 
     def __init__(self, said: Path, env: dict[str, str], zero: float = 0.0):
+        self.said = said
         env = env | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.server = subprocess.Popen([sys.executable, __file__, str(said), str(zero)], **pipes)
