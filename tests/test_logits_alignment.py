@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 EVERY = [*SHAPES, *MORE]
 TOK = byte_level()
 WIDTH = 300  # of the output: more entries than the tokenizer has
-LAYOUTS = ("padded", "bucket", "packed", "varlen")
+LAYOUTS = ("packed", "padded", "bucket", "varlen")
 SHORT = [dict(role="user", content="Who?"), dict(role="assistant", content="Caröl"), dict(role="user", content="Why?")]
 CHATS = [
     CHAT,
@@ -205,7 +205,8 @@ def test_there_are_enough():
 def test_every_target_is_where_it_belongs(shape):
     rows, counts = rows_of(shape), defaultdict(set)
     for reading in readings(shape):
-        for route in LAYOUTS:
+        every = reading.truncate == "none" and EVERY.index(shape) % 3 == 0
+        for route in LAYOUTS if every else LAYOUTS[:2]:
             step = Extract(wild(), Request(reading=reading, route=route, batch_tokens=1024), program(shape))
             counts[reading].add(judge(wild(), shape, stored(step, rows), rows, reading))
     assert all(len(found) == 1 and found.pop() > 0 for found in counts.values())

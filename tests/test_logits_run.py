@@ -172,33 +172,38 @@ def side(tmp_path_factory):
         yield pair
 
 
-def killed(home: Path, calm: Calm, side, kills: int, seed: int = 0, twins: bool = False) -> dict:
-    """Two processes in one folder, a share each, or the same one; killed, and begun again; the Hub is moody
+HOW = ("two shares", "two machines", "the same twice")
+
+
+def killed(home: Path, calm: Calm, side, kills: int, seed: int = 0, how: str = HOW[0]) -> dict:
+    """Two processes, killed, and begun again; the Hub is moody. They share the rows in one folder, or in two as on two
+    machines, or both do all in one folder
 
     What happened; `AssertionError` where a row is lost, doubled or other than it should be, here or there."""
     out, ledger, began = home / "out", home / "ledger", time.monotonic()
-    share = lambda i: dict() if twins else dict(num_shards=2, shard_index=i)
-    hub, victims = side
-    runs = [asked(calm.data, out, ledger, push_to_hub=REPO, upload_every=16, **share(i)) for i in range(2)]
+    share = lambda i: dict() if how == HOW[2] else dict(num_shards=2, shard_index=i)
+    outs = [home / f"machine-{i}" for i in range(2)] if how == HOW[1] else [out] * 2
+    (hub, victims), push = side, dict(push_to_hub=REPO, upload_every=16)
+    runs = [asked(calm.data, folder, ledger, **push, **share(i)) for i, folder in enumerate(outs)]
     hits = storm(victims, runs, kills, seed)
     for run in runs:  # what one could not send while the other did
         assert victims.wait(victims.start(run), 300) == 0, victims.said.read_text()[-2000:]
+    if how == HOW[1]:
+        merging.merge(outs, out)
     given = Counter(f"{kind} {fault}" for (kind, fault), k in hub.given.items() for _ in range(k))
     history = trees(hub.repo(REPO))
     conflicts = sum(a.kind == "commit" and a.status == 412 and a.fault is None for a in hub.log)
     assert hits == kills
     same(out, calm)
     assert judge(history, calm.kept) == []
-    here = {f"data/{p.name}": p.read_bytes() for p in (out / "data").iterdir()}
+    here = {f"data/{p.name}": p.read_bytes() for folder in {*outs} for p in (folder / "data").iterdir()}
     assert {p: b for p, b in history[-1].items() if p.startswith("data/")} == here
     again = rework(ledger, calm.kept)
-    assert twins or again <= kills * PART, f"{again} rows computed again for {kills} kills"
-    seconds = round(time.monotonic() - began)
+    assert how == HOW[2] or again <= kills * PART, f"{again} rows computed again for {kills} kills"
     commits = {k.removeprefix("commit "): n for k, n in given.items() if k.startswith("commit ")}
-    return dict(
-        kills=kills, rows=len(calm.kept), again=again, parts=len(here), commits=len(history) - 1,
-        commit_faults=commits, faults=sum(given.values()), real_conflicts=conflicts, seconds=seconds,
-    )  # fmt: skip
+    found = dict(how=how, kills=kills, rows=len(calm.kept), again=again, parts=len(here), commits=len(history) - 1)
+    found |= dict(commit_faults=commits, faults=sum(given.values()), real_conflicts=conflicts)
+    return found | dict(seconds=round(time.monotonic() - began))
 
 
 def test_killed_ten_times(calm, side, tmp_path):
@@ -209,12 +214,13 @@ def test_killed_ten_times(calm, side, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("twins", [False, True], ids=["two shares", "the same share twice"])
-def test_killed_a_hundred_times(tmp_path, twins):
-    with moody(tmp_path, 1) as side:
-        found = killed(tmp_path, undisturbed(tmp_path, 1200), side, 100, seed=1, twins=twins)
+@pytest.mark.parametrize("how", HOW)
+def test_killed_two_hundred_times(tmp_path, how):
+    "Seventy times each"
+    with moody(tmp_path, HOW.index(how)) as side:
+        found = killed(tmp_path, undisturbed(tmp_path, 800), side, 70, seed=1, how=how)
     print(found)
-    assert set(RATES["commit"]) <= set(found["commit_faults"])
+    assert len(found["commit_faults"]) >= 4
 
 
 def test_the_judges_can_convict(calm, tmp_path):
@@ -397,9 +403,9 @@ def test_a_folder_of_something_else(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
 
 
-if __name__ == "__main__":  # make torture: as it is promised, and twice with the same share
-    for number, (kills, same_share) in enumerate(((100, False), (100, False), (60, True))):
+if __name__ == "__main__":  # make torture: as it is promised
+    for number, way in enumerate(HOW):
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as room:
             whole = undisturbed(Path(room), 1200)
             with moody(Path(room), number) as both:
-                print(json.dumps(killed(Path(room), whole, both, kills, number, same_share)), flush=True)
+                print(json.dumps(killed(Path(room), whole, both, 100, number, way)), flush=True)
