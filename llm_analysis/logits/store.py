@@ -99,7 +99,7 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #ab22f389
+# %% ../../nbs/logits/56_store.ipynb #882c95d7
 class LogitStore:
     "The distributions of a data set, by index and in order; iterating reads part by part and holds one of them"
 
@@ -122,16 +122,6 @@ class LogitStore:
         noted = json.loads((columns.metadata or {}).get(v1.KEY, "{}"))
         return (v2 if noted.get("format") == "v2" else v1).described(columns)
 
-    @property
-    def format(self) -> str:
-        "v1 or v2"
-        return self.about["format"]
-
-    @property
-    def vocab(self) -> int | None:
-        "Width of the teacher's output; None for files of the earlier tool, which do not say"
-        return self.about["vocab"]
-
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
         "Part and row of each index, in the order of the index"
@@ -150,10 +140,24 @@ class LogitStore:
                 found[i] = (part, row)
         return dict(sorted(found.items()))
 
-    def __len__(self) -> int:
-        return len(self.places)
+# %% ../../nbs/logits/56_store.ipynb #dd7de5a6
+@patch(as_prop=True)
+def format(self: LogitStore) -> str:
+    "v1 or v2"
+    return self.about["format"]
 
-# %% ../../nbs/logits/56_store.ipynb #2680218c
+
+@patch(as_prop=True)
+def vocab(self: LogitStore) -> int | None:
+    "Width of the teacher's output; None for files of the earlier tool, which do not say"
+    return self.about["vocab"]
+
+
+@patch
+def __len__(self: LogitStore) -> int:
+    return len(self.places)
+
+# %% ../../nbs/logits/56_store.ipynb #039d9b8c
 @patch
 def _cells(self: LogitStore, part: int) -> Cells:
     "The columns of a part; the last one is kept"
@@ -195,7 +199,7 @@ def __iter__(self: LogitStore) -> Iterator[Sample]:
         for row in range(len(cells.values["index"])):
             yield _sample(cells.row(row), self.about)
 
-
+# %% ../../nbs/logits/56_store.ipynb #dfd0a183
 @patch
 def indices(self: LogitStore) -> list[int]:
     "The indices of all rows, rising; `list(store)` is in the order of the parts"
