@@ -163,14 +163,14 @@ def _different(
         owner.append(k)
     return _Work(cut, [np.unique(np.concatenate(p)) for p in asked], owner, None if places is None else kept)
 
-# %% ../../nbs/lm/28_packing.ipynb #9b1f8f52
+# %% ../../nbs/lm/28_packing.ipynb #d74c4612
 def _budget(lm: LM, batch_tokens: int | None) -> int:
     "Tokens of a forward"
     budget = batch_tokens or (16_384 if lm.device.type != "cpu" else 512)
     need(budget >= 1, "batch_tokens of at least 1", got=batch_tokens, do="leave it out for the default")
     return budget
 
-
+# %% ../../nbs/lm/28_packing.ipynb #9c51b1a5
 def _read(
     lm: LM,
     sequences: list[Tokens],
