@@ -89,6 +89,7 @@ torture: $(VENV)/.ray ## kill, stop and restart long runs for an hour: every row
 	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_storm.py $(SEEDS)
 	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_upload.py
 	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_jobs_ray.py $(SEEDS)
+	@$(QUIET) $(PATIENT) "$(BIN)/python" tests/test_logits_run.py
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tools/readme.py

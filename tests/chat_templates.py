@@ -297,3 +297,154 @@ SHAPES = [
     Shape("plain", PLAIN, plain),
     Shape("open", OPEN, open_ended),
 ]
+
+
+def by_turn(write: Callable[[str, str], Pieces], *, before: str = "", prompt: str = "") -> Callable:
+    "The hand of a shape that writes one turn after the other; `write` says with True what of a turn is the answer"
+
+    def hand(messages, ask=False) -> Pieces:
+        out = [(before, None)]
+        for i, m in enumerate(messages):
+            own = i if m["role"] == "assistant" else None
+            out += [(text, own if said else None) for text, said in write(m["role"], m["content"])]
+        return out + [(prompt, None)] * ask
+
+    return hand
+
+
+EYES = """{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+eyes = by_turn(lambda r, c: [(f"<|{r}|>\n", 0), (c + "</s>", 1), ("\n", 0)], prompt="<|assistant|>\n")
+
+SHORT_PROMPT = """{{- 'A chat. ' }}{% for m in messages %}
+{%- if m.role == 'assistant' %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token }}
+{%- else %}{{ m.role | upper ~ ': ' ~ m.content ~ ' ' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+short_prompt = by_turn(  # the blank behind the colon is not in the prompt: the model says it
+    lambda r, c: [("ASSISTANT:", 0), (f" {c}</s>", 1)] if r == "assistant" else [(f"{r.upper()}: {c} ", 0)],
+    before="A chat. ",
+    prompt="ASSISTANT:",
+)
+
+HEADINGS = """{% for m in messages %}
+{{- '### ' ~ ('Response' if m.role == 'assistant' else 'Instruction') ~ ':\n' ~ m.content ~ '\n\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"""
+headings = by_turn(
+    lambda r, c: [
+        (f"### {'Response' if r == 'assistant' else 'Instruction'}:\n", 0),
+        (c, 1),
+        ("\n\n", 0),
+    ],
+    prompt="### Response:\n",
+)
+
+FRAMED = """{% for m in messages %}
+{%- if m.role == 'system' %}{{ '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' }}
+{%- elif m.role == 'user' %}{{ bos_token ~ '[INST] ' ~ m.content | trim ~ ' [/INST]' }}
+{%- else %}{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}"""
+framed = by_turn(
+    lambda r, c: {
+        "system": [(f"<<SYS>>\n{c}\n<</SYS>>\n\n", 0)],
+        "user": [(f"<s>[INST] {c.strip()} [/INST]", 0)],
+        "assistant": [(" ", 0), (f"{c.strip()} </s>", 1)],
+    }[r]
+)
+
+UNKNOWN_END = """{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ '<|over|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+unknown_end = by_turn(  # `<|over|>` is no token of its own: the turn is its text
+    lambda r, c: [(f"<|{r}|>\n", 0), (c, 1), ("<|over|>\n", 0)], prompt="<|assistant|>\n"
+)
+
+NAMES = """{{- bos_token }}{% set who = dict(assistant='BOT', user='GUEST', system='HOST') %}{% for m in messages %}
+{{- '<|begin|><|lane|>' ~ who[m.role] ~ '<|body|>' ~ m.content ~ '<|done|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|begin|><|lane|>BOT<|body|>' }}{% endif %}"""
+_WHO = dict(assistant="BOT", user="GUEST", system="HOST")
+names = by_turn(
+    lambda r, c: [(f"<|begin|><|lane|>{_WHO[r]}<|body|>", 0), (f"{c}<|done|>", 1)],
+    before="<s>",
+    prompt="<|begin|><|lane|>BOT<|body|>",
+)
+
+LATE_SYSTEM = """{{- bos_token }}{% set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '[INST] ' ~ (messages[0].content ~ '\n\n' if loop.index0 == ns.last and messages[0].role == 'system' else '') }}
+{{- m.content ~ '[/INST]' }}
+{%- elif m.role == 'assistant' %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}"""
+
+
+def late_system(messages, prompt=False) -> Pieces:
+    "The system's words stand before those of the last user: they move as the conversation goes on"
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    out = [("<s>", None)]
+    for i, m in enumerate(messages):
+        if m["role"] == "user":
+            told = f"{messages[0]['content']}\n\n" * (messages[0]["role"] == "system" and i == users[-1])
+            out.append((f"[INST] {told}{m['content']}[/INST]", None))
+        elif m["role"] == "assistant":
+            out += [(" ", None), (m["content"] + "</s>", i)]
+    return out
+
+
+PLAIN_ROLES = """{{- bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ 'User: ' ~ m.content ~ '\n\n' }}
+{%- elif m.role == 'assistant' %}{{ 'Assistant: ' ~ m.content ~ eos_token }}
+{%- else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+plain_roles = by_turn(
+    lambda r, c: {
+        "user": [(f"User: {c}\n\n", 0)],
+        "assistant": [("Assistant:", 0), (f" {c}</s>", 1)],
+        "system": [(f"{c}\n\n", 0)],
+    }[r],
+    before="<s>",
+    prompt="Assistant:",
+)
+
+SAME_LINE = """{% for m in messages %}{{ '<|head|>' ~ m.role ~ '<|/head|>' ~ m.content ~ '<|stop|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|head|>assistant<|/head|>' }}{% endif %}"""
+same_line = by_turn(
+    lambda r, c: [(f"<|head|>{r}<|/head|>", 0), (f"{c}<|stop|>", 1), ("\n", 0)], prompt="<|head|>assistant<|/head|>"
+)
+
+LINE_MARKED = """{% for m in messages %}{{ m.role ~ '> ' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content ~ '\n' }}{% endgeneration %}
+{%- else %}{{ m.content ~ '\n' }}{% endif %}{% endfor %}"""
+line_marked = by_turn(lambda r, c: [(f"{r}> ", 0), (f"{c}\n", 1)])
+
+HEADER_MARKED = """{{- bos_token }}{% for m in messages %}
+{%- if m.role == 'assistant' %}{% generation %}{{ '<turn>model\n' ~ m.content | trim ~ '</turn>\n' }}{% endgeneration %}
+{%- else %}{{ '<turn>' ~ m.role ~ '\n' ~ m.content | trim ~ '</turn>\n' }}{% endif %}{% endfor %}"""
+header_marked = by_turn(
+    lambda r, c: [(f"<turn>{'model' if r == 'assistant' else r}\n{c.strip()}</turn>\n", 1)], before="<s>"
+)
+
+NUMBERED = """{% for m in messages %}
+{{- '<|im_start|>' ~ loop.index ~ ' ' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>' ~ (messages | length + 1) ~ ' assistant\n' }}{% endif %}"""
+
+
+def numbered(messages, prompt=False) -> Pieces:
+    out = []
+    for i, m in enumerate(messages):
+        own = i if m["role"] == "assistant" else None
+        out += [(f"<|im_start|>{i + 1} {m['role']}\n", None), (m["content"] + "<|im_end|>", own), ("\n", None)]
+    return out + [(f"<|im_start|>{len(messages) + 1} assistant\n", None)] * prompt
+
+
+MORE = [
+    Shape("eyes", EYES, eyes),
+    Shape("short-prompt", SHORT_PROMPT, short_prompt),
+    Shape("headings", HEADINGS, headings),
+    Shape("framed", FRAMED, framed),
+    Shape("unknown-end", UNKNOWN_END, unknown_end),
+    Shape("names", NAMES, names),
+    Shape("late-system", LATE_SYSTEM, late_system),
+    Shape("plain-roles", PLAIN_ROLES, plain_roles),
+    Shape("same-line", SAME_LINE, same_line),
+    Shape("line-marked", LINE_MARKED, line_marked, marked=True),
+    Shape("header-marked", HEADER_MARKED, header_marked, marked=True),
+    Shape("numbered", NUMBERED, numbered),
+]

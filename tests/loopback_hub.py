@@ -128,7 +128,8 @@ class Repo:
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
 
 BEFORE = ("429", "ratelimit", "429-bare", "500", "503", "504", "closed")  # the request is not handled
-AFTER = ("lost", "late-504", "slow")  # it is handled: the connection closes, the reply is a 504, the reply takes long
+OTHERS = ("409", "412")  # nor is it here: another commit is on its way, or was faster
+AFTER = ("lost", "late-500", "late-504", "slow")  # it is handled: the connection closes, a 5xx replies, it takes long
 
 
 @dataclass
@@ -220,7 +221,7 @@ class Hub:
 
     def fail(self, kind: str, *faults: str):
         "These faults for the next requests of this kind, one each, before anything that rates or the script say"
-        assert kind in (*KINDS, "other") and set(faults) <= {*BEFORE, *AFTER}, (kind, faults)
+        assert kind in (*KINDS, "other") and set(faults) <= {*BEFORE, *OTHERS, *AFTER}, (kind, faults)
         self._next[kind].extend(faults)
 
     def add(self, id: str, files: dict[str, bytes], type: str = "dataset", private: bool = False) -> Repo:
@@ -347,7 +348,7 @@ class Door:
             more = message.get("more_body", False)
         body = bytes(body)
         self.watch(scope, asked, body)
-        if asked.fault in BEFORE:
+        if asked.fault in (*BEFORE, *OTHERS):
             return await self.say(asked, error(asked.fault, hub.faults.seconds), scope, receive, send)
         waiting = deque([{"type": "http.request", "body": body, "more_body": False}])
         reply = []
@@ -364,8 +365,8 @@ class Door:
             hub.broken.append(broken)
         if asked.fault == "lost":
             return await self.cut(scope, receive)
-        if asked.fault == "late-504":
-            return await self.say(asked, error("504", 0), scope, receive, send)
+        if asked.fault in ("late-500", "late-504"):
+            return await self.say(asked, error(asked.fault.removeprefix("late-"), 0), scope, receive, send)
         if asked.fault == "slow":
             await asyncio.sleep(hub.faults.slow)
         asked.status = reply[0]["status"]
@@ -407,6 +408,9 @@ def error(fault: str, seconds: float) -> Response:
         policy = {"ratelimit": f'"api";r=0;t={wait}', "ratelimit-policy": '"fixed window";"api";q=1000;w=300'}
         headers = {"429": {"Retry-After": wait}, "ratelimit": policy, "429-bare": {}}[fault]
         return JSONResponse({"error": "We had to rate limit you."}, 429, headers)
+    if fault in OTHERS:
+        words = {"409": "Another commit operation is in progress", "412": "A commit has happened since"}[fault]
+        return JSONResponse({"error": f"{words}. Please refresh and try again."}, int(fault))
     page = f"<html><body><h1>{fault}</h1><p>The request could not be satisfied.</p></body></html>"
     return Response(page, int(fault), media_type="text/html")
 

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import close_session, parse_ratelimit_headers
-from loopback_hub import AFTER, BEFORE, Faults, Hub, environment, hurry, point, serve
+from loopback_hub import AFTER, BEFORE, OTHERS, Faults, Hub, environment, hurry, point, serve
 
 TOKEN = "hf_" + "loopback" * 4
 HUB = Path(__file__).with_name("loopback_hub.py")
@@ -387,7 +387,7 @@ def test_the_client_itself_tries_again(hub, waits, kind, fault):
     assert waits == {"429": [4.0], "ratelimit": [4.0], "slow": []}.get(fault, [1])
 
 
-@pytest.mark.parametrize("fault", [*BEFORE, *AFTER])
+@pytest.mark.parametrize("fault", [*BEFORE, *OTHERS, *AFTER])
 def test_the_commit_is_the_callers(hub, waits, fault):
     "The client sends a commit once; whether it landed shows only in the repository, and again makes no second one"
     hub.faults = Faults(seconds=3, slow=0.1)
@@ -398,7 +398,8 @@ def test_the_commit_is_the_callers(hub, waits, fault):
     else:
         with pytest.raises((HfHubHTTPError, httpx2.TransportError)) as failed:
             client.upload("a.txt", b"a")
-        code = {"429": 429, "ratelimit": 429, "429-bare": 429, "late-504": 504, "closed": None, "lost": None}
+        code = {"429": 429, "ratelimit": 429, "429-bare": 429, "late-504": 504, "late-500": 500}
+        code |= {"closed": None, "lost": None}
         reply = getattr(failed.value, "response", None)
         assert (reply.status_code if reply is not None else None) == code.get(fault, fault.isdigit() and int(fault))
         if fault == "ratelimit":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORTH', 'Selection', 'picks', 'Request', 'Extract']
 
-# %% ../../nbs/logits/62_extract.ipynb #cc2ae91e
+# %% ../../nbs/logits/62_extract.ipynb #3abb0995
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from ..core import WorldError, need
 from ..jobs.step import Step
 from ..lm.model import LM, Words, load, load_tokenizer
 from ..lm.packing import stream_logits
+from ..lm.plan import ROUTES
 from ..lm.template import Template
 from . import v1, v2
 from .nucleus import Nucleus
@@ -92,7 +93,7 @@ def picks(
             found[i], start = take(block, np.arange(start, start + n)), start + n
     return found
 
-# %% ../../nbs/logits/62_extract.ipynb #70eec003
+# %% ../../nbs/logits/62_extract.ipynb #35fe0122
 @dataclass(frozen=True)
 class Request:
     "Everything that the rows of a store depend on, beside the model and the data"
@@ -108,6 +109,8 @@ class Request:
 
     def __post_init__(self):
         self.selection.selector(self.format)  # refuses what does not go together
+        routes = ("auto", *ROUTES)
+        need(self.route in routes, f"a route of {', '.join(routes)}", got=repr(self.route), do="name one of these")
         need(self.values in ("steps", "bf16"), "values steps or bf16", got=repr(self.values), do="choose one of these")
         fits = self.format == "v2" or self.values == "steps"
         need(fits, "values steps in the format v1", got="bf16", do="take v2, or leave values out")

@@ -23,7 +23,7 @@ from ..core import WorldError, need
 from . import v1, v2
 from .v2 import Sample
 
-# %% ../../nbs/logits/56_store.ipynb #47df3e2b
+# %% ../../nbs/logits/56_store.ipynb #cb0afc4e
 def _places(name: str, split: str | None, revision: str | None) -> tuple[AbstractFileSystem, list[str]]:
     "Where the parts are, in order; `WorldError` where there are none"
     path = Path(name).expanduser()
@@ -44,9 +44,9 @@ def _places(name: str, split: str | None, revision: str | None) -> tuple[Abstrac
         )
         from huggingface_hub import HfFileSystem  # who reads a folder does not wait for the Hub's client
 
-        system = HfFileSystem()
-        try:
-            found = sorted(system.glob(f"datasets/{name}{'@' + revision if revision else ''}/**/*.parquet"))
+        system, root = HfFileSystem(), f"datasets/{name}{'@' + revision if revision else ''}"
+        try:  # a run's plan is a Parquet file, too: it lies beside the folder `data`
+            found = sorted(system.glob(f"{root}/data/**/*.parquet") or system.glob(f"{root}/**/*.parquet"))
         except Exception as e:
             text = f"a data set {name!r} that can be reached; got {type(e).__name__}; connect, or name a folder"
             raise WorldError(f"expected {text}") from e
