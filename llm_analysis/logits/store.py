@@ -23,7 +23,7 @@ from ..core import WorldError, need
 from . import v1, v2
 from .v2 import Sample
 
-# %% ../../nbs/logits/56_store.ipynb #cb0afc4e
+# %% ../../nbs/logits/56_store.ipynb #6eb6c408
 def _places(name: str, split: str | None, revision: str | None) -> tuple[AbstractFileSystem, list[str]]:
     "Where the parts are, in order; `WorldError` where there are none"
     path = Path(name).expanduser()
@@ -51,6 +51,7 @@ def _places(name: str, split: str | None, revision: str | None) -> tuple[Abstrac
             text = f"a data set {name!r} that can be reached; got {type(e).__name__}; connect, or name a folder"
             raise WorldError(f"expected {text}") from e
     own = [p for p in found if split is None or f"/{split}/" in p or f"/{split}-" in p]
+    own = own or (found if split == "train" else [])  # a run's parts name no split: its card calls them train
     need(
         own,
         f"Parquet files in {name!r}",
