@@ -6,7 +6,7 @@
 __all__ = ['ZERO', 'Taken', 'Written', 'Logprob', 'from_vllm', 'to_vllm', 'from_distillkit', 'to_distillkit', 'from_axolotl',
            'to_axolotl', 'from_v1', 'to_v1']
 
-# %% ../../nbs/logits/58_convert.ipynb #e40f8320
+# %% ../../nbs/logits/58_convert.ipynb #d0299f85
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from ..core import WorldError, need
 from . import v1
 from .distillkit import Layout, pack_bits, to_bytes, unpack_bits, values
 from .picked import Picked
-from .quantise import log_total
+from .quantise import log_rest
 
 # %% ../../nbs/logits/58_convert.ipynb #f1b8c612
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _lost(picked: Picked, kept: Sequence[str] = (), more: Mapping[str, int] | No
     }
     return {k: n for k, n in found.items() if n and k not in kept} | {k: n for k, n in (more or {}).items() if n}
 
-# %% ../../nbs/logits/58_convert.ipynb #ab38a7dd
+# %% ../../nbs/logits/58_convert.ipynb #627d3f60
 ZERO = -104.0  # log-probabilities below this are zero in float32
 
 
@@ -84,15 +84,19 @@ def _picked(
     n = np.array([len(ids) for ids, _ in found], dtype=np.int32)
     ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in found)]).astype(np.int32)
     logp = np.concatenate([np.zeros(0), *(logp for _, logp in found)])
-    with np.errstate(divide="ignore"):
-        tail = np.log(-np.expm1(np.minimum(log_total(logp, n), 0)))
     target = np.full(len(n), np.nan, dtype=np.float32)
     came = np.flatnonzero(ids == np.repeat(targets, n))
     target[np.repeat(np.arange(len(n)), n)[came]] = logp[came]
     none, unknown = np.zeros(len(n)), np.full(len(n), np.nan)
     counts = (n, np.zeros(len(n), np.int32), none, unknown)
     return Picked(
-        ids, logp.astype(np.float32), *counts, tail, unknown.astype(np.float32), target, unknown.astype(np.float32)
+        ids,
+        logp.astype(np.float32),
+        *counts,
+        log_rest(logp, n),
+        unknown.astype(np.float32),
+        target,
+        unknown.astype(np.float32),
     ), dropped
 
 # %% ../../nbs/logits/58_convert.ipynb #89fa67fb

@@ -188,7 +188,7 @@ def leave_out(self: Extract, row: dict) -> str | None:
     "Why nothing of the row is kept"
     return self.text(row).reason
 
-# %% ../../nbs/logits/62_extract.ipynb #ea5df504
+# %% ../../nbs/logits/62_extract.ipynb #2f402904
 @patch
 def setup(self: Extract, device: str) -> None:
     "Load the model, unless this is the process that has it; `WorldError` if it is not the same"
@@ -216,6 +216,4 @@ def postprocess(self: Extract, raw: list[tuple[Text, Picked]], rows: list[dict])
             found.append(v1.encode(row["index"], picked, self.about, id=id))
         else:
             found.append(v2.encode(v2.Sample(row["index"], text.ids, text.positions, picked, id), self.about))
-    return pa.Table.from_arrays(
-        [pa.array([r[f.name] for r in found], f.type) for f in self.schema], schema=self.schema
-    )
+    return v1.rows_table(found, self.schema)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Cells', 'LogitStore']
 
-# %% ../../nbs/logits/56_store.ipynb #9f24e207
-import json
+# %% ../../nbs/logits/56_store.ipynb #989af00b
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,7 +98,12 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #555cb520
+# %% ../../nbs/logits/56_store.ipynb #2c2c06de
+def _described(columns: pa.Schema) -> dict:
+    "What a part of either format says about itself"
+    return (v2 if v1.noted(columns).get("format") == "v2" else v1).described(columns)
+
+
 class LogitStore:
     "The distributions of a data set, by index and in order; iterating reads part by part and holds one of them"
 
@@ -112,16 +116,10 @@ class LogitStore:
     ):
         self.name = os.fspath(name)
         self.system, self.paths = _places(self.name, split, revision)
-        self.about = self._about(self.paths[0])
+        with self.system.open(self.paths[0], "rb") as file:
+            self.about = _described(pq.read_schema(file))
         self.held: tuple[int, Cells] | None = None
         self.known: dict[int, tuple[int, int]] | None = None
-
-    def _about(self, path: str) -> dict:
-        "What a part says about itself"
-        with self.system.open(path, "rb") as file:
-            columns = pq.read_schema(file)
-        noted = json.loads((columns.metadata or {}).get(v1.KEY, "{}"))
-        return (v2 if noted.get("format") == "v2" else v1).described(columns)
 
     @property
     def format(self) -> str:
@@ -154,26 +152,19 @@ def places(
         self.known = dict(sorted(found.items()))
     return self.known
 
-# %% ../../nbs/logits/56_store.ipynb #ebfce801
+# %% ../../nbs/logits/56_store.ipynb #ee1230ff
 @patch
 def _cells(self: LogitStore, part: int) -> Cells:
     "The columns of a part; the last one is kept"
     if self.held is None or self.held[0] != part:
         with self.system.open(self.paths[part], "rb") as file:
             table = pq.ParquetFile(file).read()
-        same, got = self._same(table.schema), f"another one in {Path(self.paths[part]).name}"
+        same, got = _described(table.schema) == self.about, f"another one in {Path(self.paths[part]).name}"
         need(
             same, f"one description in all parts of {self.name}", got=got, do="keep data sets apart", error=WorldError
         )
         self.held = part, Cells.of(table)
     return self.held[1]
-
-
-@patch
-def _same(self: LogitStore, columns: pa.Schema) -> bool:
-    "Whether a part is of this data set"
-    noted = (columns.metadata or {}).get(v1.KEY)
-    return (json.loads(noted) if noted else v1.described(columns)) == self.about
 
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINE', 'ALL', 'NEVER', 'TARGET', 'Sample', 'describe', 'schema', 'described', 'encode', 'table', 'decode']
 
-# %% ../../nbs/logits/54_v2.ipynb #6f66f8b9
+# %% ../../nbs/logits/54_v2.ipynb #3b2cb35f
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..core import WorldError, need
 from ..jobs.footer import SPLIT
 from .picked import TEMPERATURES, Picked, lots
 from .quantise import STEP, from_bf16, from_steps, log_total, to_bf16, to_steps
-from .v1 import KEY
+from .v1 import KEY, joined, noted, rows_table
 
 # %% ../../nbs/logits/54_v2.ipynb #08e95276
 FINE = 512  # steps a nat of what there is once a target
@@ -53,10 +53,7 @@ class Sample:
     picked: Picked  # one distribution a target
     id: str | int | None = None  # the text's own
 
-# %% ../../nbs/logits/54_v2.ipynb #e9869037
-_OWN = ("format", "vocab", "values", "id", "step")
-
-
+# %% ../../nbs/logits/54_v2.ipynb #30127c8e
 def describe(
     vocab: int,  # width of the model's output, not of the tokenizer
     *,
@@ -67,10 +64,7 @@ def describe(
     "What the files of a data set have in common"
     need(1 <= vocab < 1 << 31, "a vocabulary of 1 to 2^31 - 1 entries", got=vocab, do="see the model's output head")
     need(values in ("steps", "bf16"), "values steps or bf16", got=values, do="choose one of these")
-    need(id in (None, "string", "int64"), "ids of type string or int64", got=id, do="convert them")
-    twice = sorted(set(_OWN) & (more or {}).keys())
-    need(not twice, f"other names than {', '.join(_OWN)}", got=twice, do="rename them")
-    return dict(format="v2", vocab=vocab, values=values, id=id, step=STEP) | (more or {})
+    return joined(dict(format="v2", vocab=vocab, values=values, id=id, step=STEP), more, id)
 
 
 def schema(
@@ -88,8 +82,7 @@ def described(
     columns: pa.Schema,  # of a file
 ) -> dict:
     "What a file says about itself; `WorldError` for another format"
-    noted = (columns.metadata or {}).get(KEY)
-    about, fix = json.loads(noted) if noted else {}, "open it with the module of its own format"
+    about, fix = noted(columns), "open it with the module of its own format"
     need(about.get("format") == "v2", "the format v2", got=about.get("format"), do=fix, error=WorldError)
     missing = [n for n in schema(about).names if n not in columns.names]
     need(not missing, "the columns of v2", got=f"none named {', '.join(missing)}", do=fix, error=WorldError)
@@ -169,7 +162,7 @@ def _values(picked: Picked, about: dict) -> dict:
     first = np.repeat((np.cumsum(n) - n)[n > 0], n[n > 0])
     return dict(exact_drops=to_steps(logp - logp[first], n, about["step"]))
 
-# %% ../../nbs/logits/54_v2.ipynb #0541282a
+# %% ../../nbs/logits/54_v2.ipynb #98961a8c
 def encode(
     sample: Sample,
     about: dict,  # from `describe`
@@ -192,8 +185,7 @@ def table(
     about: dict,  # from `describe`
 ) -> pa.Table:
     "Rows as a table"
-    columns = schema(about)
-    return pa.Table.from_arrays([pa.array([r[f.name] for r in rows], f.type) for f in columns], schema=columns)
+    return rows_table(rows, schema(about))
 
 # %% ../../nbs/logits/54_v2.ipynb #be795e25
 def _logp(row: dict, n: Int[np.ndarray, " tok"], whole: Float[np.ndarray, " tok"], about: dict) -> np.ndarray:
