@@ -26,7 +26,8 @@ SHORT = dict(zip(KINDS, (8, 3, 2, 1, 1, 0)))
 def test_a_short_storm(tmp_path):
     result = storm(tmp_path / "storm", rows=2500, seed=0, wanted=SHORT, limit=120)
     assert result.ok, result
-    assert result.handed_on >= 1 and result.reads > 2 * result.parts and set(result.happened) == set(KINDS)
+    assert result.handed_on >= 1 and set(result.happened) == set(KINDS)
+    assert result.reads > result.parts, "the reader looked once, at the end: nothing was read while it happened"
     assert all(result.happened[k] >= n for k, n in SHORT.items())
 
 
