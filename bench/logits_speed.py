@@ -26,10 +26,8 @@ from claims import MISSED, claim, show
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from llm_analysis.core import digest
-from llm_analysis.lm.chat import from_spans
 from llm_analysis.lm.model import LM, load
 from llm_analysis.lm.packing import stream_logits
-from llm_analysis.lm.targets import Encoded
 from llm_analysis.logits import v2
 from llm_analysis.logits.extract import picks
 from llm_analysis.logits.select import VarOpt
@@ -72,8 +70,7 @@ def texts(rng: np.random.Generator, vocab: int, count: int) -> list[Text]:
     "Chats of 100 to 300 tokens, half of them targets"
     found = []
     for n in rng.integers(100, 300, count):
-        ids, mask = rng.integers(0, vocab, n), np.arange(n) >= n // 2
-        found.append(Text(Encoded(ids, mask, np.zeros((n, 2), np.int64), from_spans("", [])), np.flatnonzero(mask)))
+        found.append(Text(rng.integers(0, vocab, n), np.arange((n + 1) // 2, n)))
     return found
 
 

@@ -22,6 +22,7 @@ FLOOR = {
     "tiny": 2,
     "files": 2,
     "data": 2,
+    "loaded": 2,
     "lengths": 3,
     **dict.fromkeys(STUDIES, 3),
 }

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -309,7 +310,7 @@ def other_rows(picks, stream, read):
 def mask_by_one(picks, stream, read):
     def shifted(*args):
         text = read(*args)
-        return type(text)(text.encoded, text.positions[:-1] + 0, text.reason)
+        return replace(text, positions=text.positions[:-1] + 0)
 
     return dict(read=shifted)
 
@@ -317,7 +318,7 @@ def mask_by_one(picks, stream, read):
 def mask_moved(picks, stream, read):
     def shifted(*args):
         text = read(*args)
-        return type(text)(text.encoded, text.positions - (text.positions > 1), text.reason)
+        return replace(text, positions=text.positions - (text.positions > 1))
 
     return dict(read=shifted)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shard_seconds', 'recommended', 'Advice', 'advise', 'write_advice', 'hyperparams']
 
-# %% ../../nbs/explain/50_advisor.ipynb #bd51e598
+# %% ../../nbs/explain/50_advisor.ipynb #7f138d02
 import heapq
 import json
 import os
@@ -24,6 +24,7 @@ from .attribution import Game
 from .export import reasons, write_array
 from .forecast import Forecast, Speed, Tried, forecast, measure_speed, pilot, token_counts
 from llm_analysis.explain.prepare import (
+    OUTPUTS,
     Effort,
     Machine,
     Measure,
@@ -31,9 +32,9 @@ from llm_analysis.explain.prepare import (
     Request,
     Source,
     opened,
-    output_folder,
     prepare,
 )
+from ..jobs.identity import output_folder
 from ..jobs.progress import spoken
 
 # %% ../../nbs/explain/50_advisor.ipynb #0d0cce8f
@@ -161,7 +162,7 @@ def write_advice(
     os.replace(out.name, path)
     return path
 
-# %% ../../nbs/explain/50_advisor.ipynb #c08a12e2
+# %% ../../nbs/explain/50_advisor.ipynb #0c74efe3
 def hyperparams(
     dataset: str,  # as for `explain run`
     *,
@@ -193,5 +194,5 @@ def hyperparams(
     request = Request(prompt, label_words, chat, players, seed, measure, effort)
     ready = prepare(rows, source, request, Machine(device, dtype, revision, route, batch_tokens))
     advice, _ = advise(ready, seconds=pilot_seconds, hours=shard_hours)
-    path = write_advice(advice, output_folder(rows.name, output_dir))
+    path = write_advice(advice, output_folder(OUTPUTS, rows.name, output_dir))
     return replace(advice, path=path)

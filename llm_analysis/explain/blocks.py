@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORTHS', 'Blocks', 'gather', 'explain_long']
 
-# %% ../../nbs/explain/51_blocks.ipynb #4093c9ab
+# %% ../../nbs/explain/51_blocks.ipynb #2ceb0681
 import os
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from .attribution import Game, attribute
 from .auto import sampler_for
 from .result import Attribution
 from .shapley import draws
-from .step import Ask, Loaded, game_of
+from .step import Ask, Asking, game_of
 from ..jobs import job
 from ..jobs.job import JobOptions
 from ..jobs.results import open_results
@@ -33,8 +33,8 @@ WORTHS = pa.schema([
     ("evaluations", pa.int64()), ("prompts", pa.int64()), ("computed", pa.int64()),
 ])  # fmt: skip
 
-# %% ../../nbs/explain/51_blocks.ipynb #de1beeb8
-class Blocks(Loaded):
+# %% ../../nbs/explain/51_blocks.ipynb #bf222b6e
+class Blocks(Asking):
     "Worths of the coalitions of one text, block by block"
 
     schema, counts = WORTHS, "evaluations"

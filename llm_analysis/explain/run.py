@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'finish', 'merge', 'status', 'look_ahead', 'run']
 
-# %% ../../nbs/explain/51_run.ipynb #4d14b98b
+# %% ../../nbs/explain/51_run.ipynb #8325a4c0
 import os
 import shutil
 import sys
@@ -18,6 +18,7 @@ from .advisor import advise
 from .attribution import Game
 from .export import Exports, export, reasons
 from llm_analysis.explain.prepare import (
+    OUTPUTS,
     Effort,
     Machine,
     Measure,
@@ -26,7 +27,6 @@ from llm_analysis.explain.prepare import (
     Source,
     find_run,
     opened,
-    output_folder,
     prepare,
 )
 from .report import report, versions, write
@@ -34,7 +34,7 @@ from .step import sample_of
 from .summary import Summary, facts
 from ..jobs import job
 from ..jobs import merge as merging
-from ..jobs.identity import holder
+from ..jobs.identity import holder, output_folder
 from ..jobs.job import JobOptions
 from ..jobs.progress import Status
 from ..jobs.progress import status as status_of
@@ -137,7 +137,7 @@ def _ended(done: job.Summary, exports: Exports, jobs: JobOptions) -> Summary | j
         return done
     return replace(merge(done.folder, exports=exports), seconds=done.seconds)
 
-# %% ../../nbs/explain/51_run.ipynb #51d52d67
+# %% ../../nbs/explain/51_run.ipynb #a6460692
 def run(
     dataset: str,  # tiny/reviews, a .csv, .tsv, .jsonl, .json or .parquet file, a folder, or OWNER/NAME
     *,
@@ -166,7 +166,7 @@ def run(
         holder(output_dir)  # refuses what is no run's
     source = Source(dataset, model, split, text_column, max_samples, max_seq_len)
     rows = opened(source, jobs.length_column)
-    holder(folder := output_folder(rows.name, output_dir))
+    holder(folder := output_folder(OUTPUTS, rows.name, output_dir))
     request = Request(prompt, label_words, chat, players, seed, measure, effort)
     ready = prepare(rows, source, request, Machine(device, dtype, revision, route, jobs.batch_tokens))
     games = look_ahead(ready, folder, jobs) if effort.advisor else {}

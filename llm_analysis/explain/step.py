@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['CAP', 'RECORD', 'Ask', 'known_label', 'known_planted', 'game_of', 'explain_row', 'record', 'sample_of', 'targets_of',
-           'Sizes', 'Loaded', 'Explain']
+           'Sizes', 'Asking', 'Explain']
 
-# %% ../../nbs/explain/47_step.ipynb #ed951de5
+# %% ../../nbs/explain/47_step.ipynb #3ef76a22
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -29,8 +28,8 @@ from .result import Attribution
 from .shapley import leave_one_out
 from .summary import Sample
 from .units import words
-from ..jobs.step import Step
-from ..lm.model import LM, Words, load, load_tokenizer
+from ..loaded import Loaded
+from ..lm.model import LM, Words
 
 # %% ../../nbs/explain/47_step.ipynb #27d22f0d
 CAP = 256  # evaluations a player that a share of all coalitions is cut to
@@ -236,9 +235,9 @@ class Sizes:
         need(known, "a row that was looked at", got=f"row {row_id}", do="hand over the sizes of all rows")
         return int(self.tokens[at]), int(self.players[at])
 
-# %% ../../nbs/explain/47_step.ipynb #cf767c77
-class Loaded(Step):
-    "A step with a model, which it loads again in every other process"
+# %% ../../nbs/explain/47_step.ipynb #6b0cb568
+class Asking(Loaded):
+    "A step with a model and what it is asked"
 
     def __init__(
         self,
@@ -249,33 +248,19 @@ class Loaded(Step):
         dtype: str = "auto",  # as it was asked for
         source: tuple[str, str | None] = ("", None),  # name of the data set, and its split
     ):
-        self.lm, self.ask, self.sizes, self.source = lm, ask, sizes, source
-        self.name, self.revision, self.dtype, self.fingerprint = lm.name, lm.revision, dtype, lm.fingerprint
-        self.place, self.games = place or lm.name, {}
+        super().__init__(lm, place=place, dtype=dtype, source=source)
+        self.ask, self.sizes, self.games = ask, sizes, {}
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "alone"} | {"lm": None, "games": {}}
-
-    @cached_property
-    def alone(self) -> Words:
-        "The tokenizer without the model, where rows are measured in another process"
-        return load_tokenizer(self.place, revision=self.revision)
+        return super().__getstate__() | {"games": {}}
 
     def settings(self) -> dict:
         "Everything that the values depend on"
         value = dict(kind=type(self.ask.value).__name__) | asdict(self.ask.value)
-        model = dict(model=self.name, fingerprint=self.fingerprint, revision=self.revision, dtype=self.dtype)
-        return dict(zip(("dataset", "split"), self.source)) | model | asdict(self.ask) | dict(value=value)
+        return self.origin() | asdict(self.ask) | dict(value=value)
 
-    def setup(self, device: str) -> None:
-        "Load the model, unless this is the process that has it; `WorldError` if it is not the same"
-        if self.lm is None or self.lm.device.type != device.partition(":")[0]:
-            self.lm = load(self.place, device=device, dtype=self.dtype, revision=self.revision)
-        same, got = self.lm.fingerprint == self.fingerprint, f"{self.lm.fingerprint} in this process"
-        need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
-
-# %% ../../nbs/explain/47_step.ipynb #02ad70ca
-class Explain(Loaded):
+# %% ../../nbs/explain/47_step.ipynb #b9d33eec
+class Explain(Asking):
     "Attributions of the rows of a data set"
 
     schema = RECORD

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'contents', 'schema_to_json', 'schema_from_json', 'make_spec', 'spec_fingerprint', 'differences',
-           'read_spec', 'holder', 'check', 'save_spec']
+           'read_spec', 'holder', 'output_folder', 'check', 'save_spec']
 
 # %% ../../nbs/jobs/11_identity.ipynb #38b75f58
 import errno
@@ -246,7 +246,7 @@ def read_spec(
     need(ok, f"an intact {_SPEC} in {Path(folder).name!r}", got="a damaged one", do=fix, error=WorldError)
     return held["spec"]
 
-# %% ../../nbs/jobs/11_identity.ipynb #9e569152
+# %% ../../nbs/jobs/11_identity.ipynb #2c6971d3
 BESIDE = ("_job", "hyperparams")  # the run's own folder, and what was found out before it began
 
 
@@ -274,6 +274,16 @@ def holder(
     free, got = held is not None or not foreign, ", ".join(foreign[:5])
     need(free, f"a new or empty folder {folder.name!r}", got=got, do=fix, error=WorldError)
     return held
+
+
+def output_folder(
+    home: Path,  # folder of all runs of a kind
+    name: str,  # of the data set, as the run names it
+    output_dir: str | os.PathLike | None = None,  # what the caller asked for
+) -> Path:
+    "The folder of a run"
+    plain = re.sub(r"[^\w.+-]+", "--", name).strip(".") or "dataset"
+    return Path(output_dir) if output_dir is not None else home / plain
 
 # %% ../../nbs/jobs/11_identity.ipynb #563957ea
 def check(

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['WORTH', 'Selection', 'picks', 'Request', 'Extract']
 
-# %% ../../nbs/logits/62_extract.ipynb #3abb0995
+# %% ../../nbs/logits/62_extract.ipynb #ab6fd5d0
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
 
-from ..core import WorldError, need
-from ..jobs.step import Step
-from ..lm.model import LM, Words, load, load_tokenizer
+from ..core import need
+from ..loaded import Loaded
+from ..lm.model import LM
 from ..lm.packing import stream_logits
 from ..lm.plan import ROUTES
 from ..lm.template import Template
@@ -128,8 +127,8 @@ class Request:
             return v2.describe(vocab, values=self.values, id=id, more=more)
         return v1.describe(vocab, selector.most, threshold=selector.tail > 0, id=id, more=more)
 
-# %% ../../nbs/logits/62_extract.ipynb #7e5daf08
-class Extract(Step):
+# %% ../../nbs/logits/62_extract.ipynb #ac704a41
+class Extract(Loaded):
     "What is kept of a teacher's distributions over the targets of each row"
 
     def __init__(
@@ -143,25 +142,18 @@ class Extract(Step):
         source: tuple[str, str | None] = ("", None),  # name of the data set, and its split
         id: str | None = None,  # type of the column of the users' ids
     ):
-        self.lm, self.request, self.program, self.last = lm, request, program, None
-        self.name, self.revision, self.dtype, self.fingerprint = lm.name, lm.revision, dtype, lm.fingerprint
-        self.place, self.source, self.selector = place or lm.name, source, request.selection.selector(request.format)
+        super().__init__(lm, place=place, dtype=dtype, source=source)
+        self.request, self.program, self.last = request, program, None
+        self.selector = request.selection.selector(request.format)
         self.about = request.describe(lm.vocab, id, self.provenance())
         self.schema = (v2 if request.format == "v2" else v1).schema(self.about)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "alone"} | {"lm": None, "last": None}
-
-    @cached_property
-    def alone(self) -> Words:
-        "The tokenizer without the model, where rows are measured in another process"
-        return load_tokenizer(self.place, revision=self.revision)
+        return super().__getstate__() | {"last": None}
 
     def provenance(self) -> dict:
         "What every file tells about where its rows come from"
-        model = dict(model=self.name, revision=self.revision, fingerprint=self.fingerprint, dtype=self.dtype)
-        said = dict(zip(("dataset", "split"), self.source)) | asdict(self.request.reading)
-        return model | said | dict(template=self.program.sha256 if self.program else None)
+        return self.origin() | asdict(self.request.reading) | dict(template=self.program and self.program.sha256)
 
     def settings(self) -> dict:
         "Everything that the output depends on"
@@ -188,16 +180,7 @@ def leave_out(self: Extract, row: dict) -> str | None:
     "Why nothing of the row is kept"
     return self.text(row).reason
 
-# %% ../../nbs/logits/62_extract.ipynb #2f402904
-@patch
-def setup(self: Extract, device: str) -> None:
-    "Load the model, unless this is the process that has it; `WorldError` if it is not the same"
-    if self.lm is None or self.lm.device.type != device.partition(":")[0]:
-        self.lm = load(self.place, device=device, dtype=self.dtype, revision=self.revision)
-    same, got = self.lm.fingerprint == self.fingerprint, f"{self.lm.fingerprint} in this process"
-    need(same, f"the model {self.fingerprint}", got=got, do="load the same files everywhere", error=WorldError)
-
-
+# %% ../../nbs/logits/62_extract.ipynb #08986992
 @patch
 def process(self: Extract, rows: list[dict]) -> list[tuple[Text, Picked]]:
     "Read a batch, and keep what is to be kept"

@@ -20,7 +20,7 @@ from ..lm.rows import conversation
 from ..lm.targets import Encoded, encode
 from ..lm.template import Template
 
-# %% ../../nbs/logits/61_texts.ipynb #af89693d
+# %% ../../nbs/logits/61_texts.ipynb #b61d4bb5
 @dataclass(frozen=True)
 class Reading:
     "How a row becomes tokens and targets"
@@ -56,19 +56,12 @@ class Reading:
 class Text:
     "A row as tokens, with the positions of its targets"
 
-    encoded: Encoded
+    ids: Int[np.ndarray, " tok"]
     positions: Int[np.ndarray, " target"]  # of the tokens that are predicted, rising from 1
+    encoded: Encoded | None = None  # what was read, with the text; None where only the tokens are known
     reason: str | None = None  # why there is nothing to keep of it
 
-    @property
-    def ids(self) -> Int[np.ndarray, " tok"]:
-        "All its tokens"
-        return self.encoded.ids
-
-# %% ../../nbs/logits/61_texts.ipynb #0362aa79
-_NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, bool), np.zeros((0, 2), np.int64), from_spans("", []))
-
-
+# %% ../../nbs/logits/61_texts.ipynb #1626f821
 def _long(found: Encoded, reading: Reading) -> str | None:
     "Why a row is too long"
     limit = reading.max_seq_len
@@ -94,7 +87,9 @@ def read(
             now = datetime.fromisoformat(reading.today or "2026-01-01")
             found = encode(conversation(row, program, now=now), tokenizer, turns=reading.turns, **how)
     except InputError as e:
-        return Text(_NOTHING, np.zeros(0, np.int64), str(e).rsplit("; ", 1)[0][:200])
+        nothing = np.zeros(0, np.int64)
+        return Text(nothing, nothing, reason=str(e).rsplit("; ", 1)[0][:200])
     reason = found.reason or _long(found, reading)
     positions = found.reads + 1 if reason is None else np.zeros(0, np.int64)
-    return Text(found, positions, reason or (None if len(positions) else "no target behind the first token"))
+    reason = reason or (None if len(positions) else "no target behind the first token")
+    return Text(found.ids, positions, found, reason)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Verified', 'read_as', 'same_template', 'compare', 'verify']
 
-# %% ../../nbs/logits/66_verify.ipynb #7eea97ef
+# %% ../../nbs/logits/66_verify.ipynb #5c2d926f
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Float
 
 from ..core import WorldError, need, stream
-from ..lm.chat import from_spans
 from ..lm.model import LM, load
 from ..lm.packing import stream_logits
-from ..lm.targets import Encoded
 from ..lm.template import Template
 from . import v2
 from .run import opened, program_of
@@ -95,7 +93,7 @@ def _largest(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> float:
     with np.errstate(invalid="ignore"):
         return float(np.where(a == b, 0.0, np.abs(a - b)).max(initial=0))
 
-# %% ../../nbs/logits/66_verify.ipynb #3f91f719
+# %% ../../nbs/logits/66_verify.ipynb #ca8c75d3
 def _anew(store: LogitStore, dataset: str, chat_template: Path | None, lm: LM, chosen: list[int]) -> dict[int, Text]:
     "Rows of the data set as tokens, by index; `WorldError` where they are not those of the store"
     reading, about = read_as(store), store.about
@@ -128,9 +126,7 @@ def _held(store: LogitStore, chosen: list[int]) -> dict[int, Text]:
             got="none",
             do="name it by --dataset",
         )
-        mask = np.isin(np.arange(len(sample.input_ids)), sample.positions)
-        empty = np.zeros((len(mask), 2), np.int64)
-        found[i] = Text(Encoded(sample.input_ids.astype(np.int64), mask, empty, from_spans("", [])), sample.positions)
+        found[i] = Text(sample.input_ids.astype(np.int64), sample.positions)
     return found
 
 # %% ../../nbs/logits/66_verify.ipynb #cd8c6e0f
