@@ -98,7 +98,7 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #2c2c06de
+# %% ../../nbs/logits/56_store.ipynb #a014e4e4
 def _described(columns: pa.Schema) -> dict:
     "What a part of either format says about itself"
     return (v2 if v1.noted(columns).get("format") == "v2" else v1).described(columns)
@@ -120,6 +120,7 @@ class LogitStore:
             self.about = _described(pq.read_schema(file))
         self.held: tuple[int, Cells] | None = None
         self.known: dict[int, tuple[int, int]] | None = None
+        self.sizes: list[int] = []  # bytes of each part in memory, nearly; known with `places`
 
     @property
     def format(self) -> str:
@@ -134,17 +135,20 @@ class LogitStore:
     def __len__(self) -> int:
         return len(self.places())
 
-# %% ../../nbs/logits/56_store.ipynb #d6f66cd3
+# %% ../../nbs/logits/56_store.ipynb #450c4326
 @patch
 def places(
     self: LogitStore,
 ) -> dict[int, tuple[int, int]]:  # index → part and row
     "Where each row is, in the order of the indices; read once"
     if self.known is None:
-        found = {}
+        found, self.sizes = {}, []
         for part, path in enumerate(self.paths):
             with self.system.open(path, "rb") as file:
-                indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
+                whole = pq.ParquetFile(file)
+                indices = whole.read(columns=["index"])["index"].to_pylist()
+                groups = map(whole.metadata.row_group, range(whole.num_row_groups))
+                self.sizes.append(sum(group.total_byte_size for group in groups))
             twice = [i for i in indices if i in found]
             got = f"index {twice[:1]} twice"
             need(not twice, f"every row of {self.name} once", got=got, do="verify the run", error=WorldError)
@@ -152,19 +156,28 @@ def places(
         self.known = dict(sorted(found.items()))
     return self.known
 
-# %% ../../nbs/logits/56_store.ipynb #ee1230ff
+# %% ../../nbs/logits/56_store.ipynb #c70944ae
 @patch
-def _cells(self: LogitStore, part: int) -> Cells:
-    "The columns of a part; the last one is kept"
-    if self.held is None or self.held[0] != part:
-        with self.system.open(self.paths[part], "rb") as file:
-            table = pq.ParquetFile(file).read()
-        same, got = _described(table.schema) == self.about, f"another one in {Path(self.paths[part]).name}"
-        need(
-            same, f"one description in all parts of {self.name}", got=got, do="keep data sets apart", error=WorldError
-        )
-        self.held = part, Cells.of(table)
-    return self.held[1]
+def cells(
+    self: LogitStore,
+    part: int,  # its place among `paths`
+) -> Cells:
+    "All columns of a part, read anew"
+    with self.system.open(self.paths[part], "rb") as file:
+        table = pq.ParquetFile(file).read()
+    same, got = _described(table.schema) == self.about, f"another one in {Path(self.paths[part]).name}"
+    need(same, f"one description in all parts of {self.name}", got=got, do="keep data sets apart", error=WorldError)
+    return Cells.of(table)
+
+
+@patch
+def sample(
+    self: LogitStore,
+    cells: Cells,
+    row: int,  # its place among these
+) -> Sample:
+    "A row of a part"
+    return _sample(cells.row(row), self.about)
 
 
 @patch
@@ -176,16 +189,18 @@ def __getitem__(
     if index not in self.places():
         raise KeyError(f"index {index}: nothing was kept of it, or it is not in the data set")
     part, row = self.places()[index]
-    return _sample(self._cells(part).row(row), self.about)
+    if self.held is None or self.held[0] != part:
+        self.held = part, self.cells(part)
+    return self.sample(self.held[1], row)
 
-# %% ../../nbs/logits/56_store.ipynb #e683a689
+# %% ../../nbs/logits/56_store.ipynb #6062f489
 @patch
 def __iter__(self: LogitStore) -> Iterator[Sample]:
     "All rows, part by part"
     for part in range(len(self.paths)):
-        cells = self._cells(part)
+        cells = self.cells(part)
         for row in range(len(cells.values["index"])):
-            yield _sample(cells.row(row), self.about)
+            yield self.sample(cells, row)
 
 
 @patch
