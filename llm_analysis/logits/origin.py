@@ -91,7 +91,7 @@ def _groups(parquet: pq.ParquetFile, file: int) -> list[tuple]:
         found += [(file, g, r, size) for r in range(about.num_rows)]
     return found
 
-# %% ../../nbs/logits/69_origin.ipynb #fe8d082e
+# %% ../../nbs/logits/69_origin.ipynb #f11af6ca
 def _hashed(system, path: str) -> str:
     "A name for the contents of a file"
     if isinstance(system, LocalFileSystem):
@@ -118,7 +118,7 @@ def _files(name: str) -> tuple[object, list[str], bool]:  # and whether they hol
         return LocalFileSystem(), [str(p) for p in lines], True
     return *_places(name, None, None), False
 
-
+# %% ../../nbs/logits/69_origin.ipynb #0023fccf
 class Origin:
     "Rows of distributions in any format; what it held of a file stays behind when it is copied to a worker"
 
