@@ -2,12 +2,13 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -16,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from llm_analysis.cli import main
 from llm_analysis.core import InputError, WorldError
-from llm_analysis.jobs.job import JobOptions
-from llm_analysis.logits import v1, v2
+from llm_analysis.jobs.job import Job, JobOptions
+from llm_analysis.logits import rewrite, v1, v2
+from llm_analysis.logits.convert import Taken
 from llm_analysis.logits.distillkit import Layout
 from llm_analysis.logits.extract import Selection
 from llm_analysis.logits.formats import Format, exact_ones, to_v2
@@ -47,8 +50,8 @@ WORDS = [
 def home(tmp_path_factory):
     "Small stores of every kind: chats in v2 and v1, and texts of which every token is a target"
     room = tmp_path_factory.mktemp("stores")
-    extract("tiny/chat", output_dir=room / "chat", max_samples=24, **PLAIN)
-    extract("tiny/chat", output_dir=room / "old", max_samples=24, format="v1", **PLAIN)
+    extract("tiny/chat", output_dir=room / "chat", max_samples=16, **PLAIN)
+    extract("tiny/chat", output_dir=room / "old", max_samples=16, format="v1", **PLAIN)
     rows = [json.dumps(dict(text=f"{w} {i}")) for i, w in enumerate(WORDS * 3)]
     (room / "words.jsonl").write_text("\n".join(rows) + "\n")
     own = dict(selection=Selection(select="topk", size=K), reading=Reading(text_column="text"))
@@ -63,12 +66,17 @@ def table_of(folder: Path) -> pa.Table:
     return pa.concat_tables([t.replace_schema_metadata() for t in tables]).sort_by("index")
 
 
+def said(folder: Path) -> str:
+    "All rows in words: bit by bit, and nan is nan"
+    return repr(table_of(folder).to_pylist())
+
+
 def rows_of(name) -> dict[int, tuple]:
     "What `Origin` reads of each row"
     origin = Origin(name)
     layout = Layout(**origin.about["layout"]) if origin.format == "distillkit" else None
     at = origin.pointers.to_pylist()
-    return {p["index"]: origin.taken(origin.row(p), None, None, layout) for p in at}
+    return {p["index"]: origin.taken(origin.row(p), None, None, layout) for p in sorted(at, key=lambda p: p["index"])}
 
 
 def adds_up(done, folder: Path) -> None:
@@ -119,7 +127,7 @@ def test_tools_hold_the_largest_entries_to_the_last_bit(home, tmp_path, name):
         p, q = estimate(take(went.picked, which), VOCAB), estimate(sample.picked, VOCAB)
         assert np.abs(np.log(np.where(p > 0, q, 1) / np.where(p > 0, p, 1))).max() < 1 / 32
         assert np.isnan(sample.picked.entropy).all() and np.isnan(sample.picked.tempered).all()
-        assert np.allclose(sample.picked.target, went.picked.target[which], atol=1e-2)
+        assert np.allclose(sample.picked.target, went.picked.target[which], atol=1 / 32)
         assert SparseTargets.of(sample.picked, VOCAB).entropy.isnan().all()
     assert again.lost["nulls in entropy"] == again.targets == again.lost["nulls in tempered"] / 3
 
@@ -197,7 +205,8 @@ def test_axolotl_without_tokens_reads_its_messages(home, tmp_path):
     again = convert(tmp_path / "rows.jsonl", to="vllm", model="tiny", output_dir=tmp_path / "vllm")
     store = LogitStore(home / "chat")
     for i, (index, found) in enumerate(rows_of(tmp_path / "vllm").items()):
-        assert index == i and found.positions.tolist() == store[store.indices()[i]].positions.tolist()
+        went = store[store.indices()[i]]
+        assert index == i and found.positions.tolist() == went.positions[went.picked.exact > 0].tolist()
     assert again.targets == done.targets
 
 
@@ -224,7 +233,7 @@ def test_load_dataset(home, tmp_path, name):
 CHILD = """
 import sys, time
 from pathlib import Path
-from llm_analysis.jobs.job import JobOptions
+from llm_analysis.jobs.job import Job, JobOptions
 from llm_analysis.logits import rewrite
 real = rewrite.Rewrite.process
 def slow(self, rows):
@@ -247,11 +256,11 @@ def test_a_kill_changes_nothing(home, tmp_path):
     assert child.wait() == -signal.SIGKILL
     done = parts()
     kept = {p.name: p.read_bytes() for p in done}
-    assert 3 <= len(done) < 12 and not (tmp_path / "killed" / "conversion.json").exists()
+    assert 3 <= len(done) < 8 and not (tmp_path / "killed" / "conversion.json").exists()
     cut = JobOptions(max_batch_size=2, part_rows=2)
     again = convert(home / "chat", to="v1", output_dir=tmp_path / "killed", jobs=cut)
     calm = convert(home / "chat", to="v1", output_dir=tmp_path / "calm", jobs=cut)
-    assert table_of(tmp_path / "killed") == table_of(tmp_path / "calm")
+    assert said(tmp_path / "killed") == said(tmp_path / "calm")
     assert all((tmp_path / "killed" / "data" / n).read_bytes() == x for n, x in kept.items())
     assert again.run.computed < calm.run.computed == calm.run.rows and again.lost == calm.lost
     adds_up(again, tmp_path / "killed")
@@ -259,15 +268,17 @@ def test_a_kill_changes_nothing(home, tmp_path):
         convert(home / "chat", to="v1", lots=True, output_dir=tmp_path / "killed", jobs=cut)
 
 
-def test_two_workers_write_the_same(home, tmp_path):
-    done = convert(
-        home / "old",
-        dataset="tiny/chat",
-        output_dir=tmp_path / "two",
-        jobs=JobOptions(num_workers=2, max_batch_size=4),
-    )
+def test_a_worker_gets_all_it_needs(home, tmp_path, monkeypatch):
+    "The step that a worker unpacks writes what the one writes that was packed"
     alone = convert(home / "old", dataset="tiny/chat", output_dir=tmp_path / "one")
-    assert table_of(tmp_path / "two") == table_of(tmp_path / "one") and done.lost == alone.lost
+
+    def sent(data, step, **own):
+        assert len(packed := pickle.dumps(step)) < 1e6
+        return Job(data, pickle.loads(packed), **own)
+
+    monkeypatch.setattr(rewrite, "Job", sent)
+    done = convert(home / "old", dataset="tiny/chat", output_dir=tmp_path / "two")
+    assert said(tmp_path / "two") == said(tmp_path / "one") and done.lost == alone.lost
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------
@@ -353,8 +364,6 @@ def test_distillkit_by_its_configuration(home, tmp_path):
     pq.write_table(table, tmp_path / "bare.parquet")
     with pytest.raises(InputError, match="name the file of DistillKit's configuration by --layout"):
         convert(tmp_path / "bare.parquet", output_dir=tmp_path / "no")
-    import yaml
-
     said = dict(compression=asdict(Layout(VOCAB, K, K, delta_encoding=False)))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(said))))
     one = convert(tmp_path / "bare.parquet", layout=tmp_path / "config.yaml", output_dir=tmp_path / "one")
@@ -393,10 +402,6 @@ def test_command(home, tmp_path, capsys):
 def test_to_v2_never_makes_up_a_value(home):
     "Whatever is unknown in any combination comes back as nan, the rest as it was"
     store = LogitStore(home / "chat")
-    from dataclasses import replace
-
-    from llm_analysis.logits.convert import Taken
-
     sample, about = store[store.indices()[0]], v2.describe(VOCAB)
     nan, n = lambda x: np.full_like(x, np.nan), len(sample.picked)
     half = np.where(np.arange(n) % 2, np.nan, sample.picked.entropy).astype(np.float32)

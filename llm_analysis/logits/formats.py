@@ -127,7 +127,7 @@ class Format:
         more = [pa.field("targets", pa.int32())] * (self.format != "v1") + [pa.field("lost", pa.string())]
         return pa.schema([*base, *self.riders, *more], meta)
 
-# %% ../../nbs/logits/70_formats.ipynb #9bc0ed6a
+# %% ../../nbs/logits/70_formats.ipynb #3c4faf0c
 def _flat(said: Sequence[dict | None]) -> dict[str, list]:
     "vLLM's flat form of its list"
     counts = np.array([len(one or {}) for one in said])
@@ -161,8 +161,9 @@ def written(
         found = Written(found.row | dict(input_ids=ids.tolist()), found.lost)
     else:
         found = rows_of.to_distillkit(p, ids, at, Layout(**self.about["layout"]), **how)
-    kept = len(p) - found.lost.get("targets of unknown probability", 0)
-    need(kept > 0, "a target whose own probability is known", got="none", do="there is nothing to write of it")
+    gone = ("targets of unknown probability", "tokens without an entry")
+    kept = len(p) - sum(found.lost.get(x, 0) for x in gone)
+    need(kept > 0, "a target that the format can hold", got=f"none of {len(p)}", do="there is nothing to write of it")
     lost = dict(Counter(taken.lost) + Counter(found.lost))
     row = found.row | dict(index=index, targets=kept, lost=json.dumps(lost))
     return Written(row | ({"id": id} if self.about["id"] else {}), lost)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED', 'Texts', 'Rewrite', 'Converted', 'convert']
 
-# %% ../../nbs/logits/71_rewrite.ipynb #bda19cfb
+# %% ../../nbs/logits/71_rewrite.ipynb #e6395a93
 import json
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 
-from ..core import InputError, WorldError, need
+from ..core import InputError, WorldError, digest, need
 from ..jobs.disk import tmp_name
 from ..jobs.identity import holder
 from ..jobs.folder import open_run
@@ -26,7 +26,7 @@ from ..jobs.job import Job, JobOptions
 from ..jobs.options import Summary
 from ..jobs.step import Step
 from ..jobs.verify import skipped_table
-from ..lm.model import load, load_tokenizer
+from ..lm.model import Words, load, load_tokenizer
 from ..lm.template import Template
 from . import v1, v2
 from .convert import Taken, Written
@@ -34,33 +34,52 @@ from .formats import Format
 from .distillkit import Layout
 from .origin import NEEDS, Origin
 from .run import opened, output_folder, program_of
+from .store import LogitStore
 from .texts import Reading, Text, read
 from .verify import read_as, same_template
 
-# %% ../../nbs/logits/71_rewrite.ipynb #59031125
+# %% ../../nbs/logits/71_rewrite.ipynb #c939dbec
 class Texts:
     "The rows of a data set as tokens, made as they were made then"
 
     def __init__(
-        self, rows: Dataset | None, model: str, revision: str | None, program: Template | None, reading: Reading
+        self,
+        rows: Dataset | None,  # None: the source's rows have the messages themselves
+        words: Words,
+        place: str,  # what other processes load the tokenizer by
+        program: Template | None,  # writes conversations
+        reading: Reading,
     ):
-        self.rows, self.model, self.revision, self.program, self.reading = rows, model, revision, program, reading
-        self.place = {} if rows is None else {int(i): k for k, i in enumerate(rows["index"])}
+        self.rows, self.place, self.revision, self.reading = rows, place, words.revision, reading
+        self.where = {} if rows is None else {int(i): k for k, i in enumerate(rows["index"])}
+        self.fingerprint, self.tokenizer = words.fingerprint, words.tokenizer
+        self.recipe = program and (program.source, dict(program.special), program.ends)
+        self.program = program
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "program")}
 
     @cached_property
     def tokenizer(self):
-        "Loaded once in each process"
-        return load_tokenizer(self.model, revision=self.revision).tokenizer
+        "Loaded anew in each process"
+        return load_tokenizer(self.place, revision=self.revision).tokenizer
+
+    @cached_property
+    def program(self) -> Template | None:
+        "Compiled anew in each process"
+        return self.recipe and Template(*self.recipe)
+
+    def settings(self) -> dict:
+        "What the texts depend on, beside the rows"
+        said = self.recipe and digest(self.recipe[0])
+        return asdict(self.reading) | dict(tokenizer=self.fingerprint, program=said, rows=self.rows is not None)
 
     def of(self, index: int, own: dict) -> tuple[dict, Text]:
         "The row of the data set, or the source's own if there is no other, and its text"
         fix = "give the data set that it was made of"
-        there = self.rows is None or index in self.place
+        there = self.rows is None or index in self.where
         need(there, f"a row {index} in the data set", got="none", do=fix, error=WorldError)
-        row = own if self.rows is None else self.rows[self.place[index]]
+        row = own if self.rows is None else self.rows[self.where[index]]
         return row, read(row, self.tokenizer, self.program, self.reading)
 
 
@@ -74,7 +93,7 @@ def _agree(index: int, taken: Taken, text: Text) -> None:
         same = taken.input_ids.tolist() == text.ids.tolist()
         need(same, f"the tokens of row {index} as they were", got="others", do=fix, error=WorldError)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #7022b2e1
+# %% ../../nbs/logits/71_rewrite.ipynb #97e73075
 class Rewrite(Step):
     "Rows of distributions in another format"
 
@@ -86,7 +105,7 @@ class Rewrite(Step):
         "Everything that the output depends on"
         own = dict(k=self.form.k, lots=self.form.lots, riders=[f.name for f in self.form.riders])
         read = asdict(self.layout) if self.layout else None
-        texts = self.texts and dict(model=self.texts.model, rows=self.texts.rows is not None)
+        texts = self.texts and self.texts.settings()
         return self.form.about | own | dict(layout_read=read, texts=texts)
 
     def length(self, row: dict) -> int:
@@ -160,7 +179,7 @@ def _most(origin: Origin, layout: Layout | None) -> int:
     said = layout.k if layout else rule.get("most") or rule.get("k") or rule.get("size")
     return min(said or 0xFFFF, 0xFFFF)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #268ec5dd
+# %% ../../nbs/logits/71_rewrite.ipynb #906b87f0
 def _about(origin: Origin, to: str, vocab: int | None, k: int, layout: Layout | None) -> dict:
     "What every file of the result says about itself"
     theirs = {x: origin.about[x] for x in sorted(_OWN | {"converted_from"}) if x in origin.about and x != "format"}
@@ -176,24 +195,32 @@ def _about(origin: Origin, to: str, vocab: int | None, k: int, layout: Layout | 
     return dict(format=to, vocab=vocab, id=id) | (dict(layout=plain) if plain else {}) | more
 
 
+class _Said(LogitStore):
+    "A source as `logits.verify` asks a store: for what it says about itself"
+
+    def __init__(self, origin: Origin):
+        self.name, self.about, self.paths = origin.name, origin.about, origin.paths
+
+
 def _texts(
     origin: Origin, dataset: str | None, split: str | None, model: str | None, template: Path | None, reading: Reading
 ) -> Texts | None:
     "What makes the texts anew; `InputError` where something is missing or contradicts the source"
     about, model = origin.about, model or origin.about.get("model")
     if about.get("turns") is not None:
-        same, fix = reading in (Reading(), read_as(origin)), "leave out how rows are read: the source says it"
+        same, fix = reading in (Reading(), read_as(_Said(origin))), "leave out how rows are read: the source says it"
         need(same, "rows read as the source says", got=f"{reading}", do=fix)
-        reading = read_as(origin)
+        reading = read_as(_Said(origin))
     need(model is not None, "the model whose tokens these are", got="none", do="name it by --model")
     rows = None
     if dataset is not None:
         rows, reading = opened(dataset, reading, model=model, split=split or about.get("split"))
     revision = about.get("revision") if model == about.get("model") else None
-    program = program_of(load_tokenizer(model, revision=revision).tokenizer, reading, template)
+    words = load_tokenizer(model, revision=revision)
+    program = program_of(words.tokenizer, reading, template)
     if "template" in about:
-        same_template(origin, program)
-    return Texts(None if rows is None else rows.dataset, model, revision, program, reading)
+        same_template(_Said(origin), program)
+    return Texts(None if rows is None else rows.dataset, words, model, program, reading)
 
 # %% ../../nbs/logits/71_rewrite.ipynb #e5727e12
 TRIED = 32  # rows that are tried first
