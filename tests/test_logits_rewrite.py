@@ -34,6 +34,7 @@ from llm_analysis.logits.run import extract
 from llm_analysis.logits.sparse import SparseTargets
 from llm_analysis.logits.store import LogitStore
 from llm_analysis.logits.texts import Reading
+from llm_analysis.tiny.chats import chats
 
 torch.set_num_threads(1)
 PLAIN = dict(model="tiny", device="cpu", route="padded", seed=3)
@@ -50,8 +51,10 @@ WORDS = [
 def home(tmp_path_factory):
     "Small stores of every kind: chats in v2 and v1, and texts of which every token is a target"
     room = tmp_path_factory.mktemp("stores")
-    extract("tiny/chat", output_dir=room / "chat", max_samples=16, **PLAIN)
-    extract("tiny/chat", output_dir=room / "old", max_samples=16, format="v1", **PLAIN)
+    told = chats("validation")["messages"][:16]
+    (room / "chats.jsonl").write_text("\n".join(json.dumps(dict(messages=m)) for m in told))
+    extract(str(room / "chats.jsonl"), output_dir=room / "chat", **PLAIN)
+    extract(str(room / "chats.jsonl"), output_dir=room / "old", format="v1", **PLAIN)
     rows = [json.dumps(dict(text=f"{w} {i}")) for i, w in enumerate(WORDS * 3)]
     (room / "words.jsonl").write_text("\n".join(rows) + "\n")
     own = dict(selection=Selection(select="topk", size=K), reading=Reading(text_column="text"))
@@ -144,7 +147,7 @@ def test_lots_leave_as_the_unbiased_estimate(home, tmp_path):
 
 
 def test_v1_and_v2(home, tmp_path):
-    done = convert(home / "old", dataset="tiny/chat", output_dir=tmp_path / "new")
+    done = convert(home / "old", dataset=str(home / "chats.jsonl"), output_dir=tmp_path / "new")
     adds_up(done, tmp_path / "new")
     old, new, text = LogitStore(home / "old"), LogitStore(tmp_path / "new"), LogitStore(home / "chat")
     assert old.indices() == new.indices() == text.indices()
@@ -178,7 +181,7 @@ def test_v1_to_v1_of_the_earlier_tool(home, tmp_path):
     with pytest.raises(InputError, match="the vocabulary, which 'bare' does not name; got none"):
         convert(tmp_path / "bare", to="v1", output_dir=tmp_path / "no")
     with pytest.raises(InputError, match="the model whose tokens these are"):
-        convert(tmp_path / "bare", vocab=VOCAB, dataset="tiny/chat", output_dir=tmp_path / "no")
+        convert(tmp_path / "bare", vocab=VOCAB, dataset=str(home / "chats.jsonl"), output_dir=tmp_path / "no")
     assert not (tmp_path / "no").exists()
     done = convert(tmp_path / "bare", to="v1", vocab=VOCAB, output_dir=tmp_path / "new")
     bare, new = LogitStore(tmp_path / "bare"), LogitStore(tmp_path / "new")
@@ -186,13 +189,13 @@ def test_v1_to_v1_of_the_earlier_tool(home, tmp_path):
     for i in bare.indices():
         a, b = bare[i].picked, new[i].picked
         assert (a.ids == b.ids).all() and (a.sampled == b.sampled).all() and np.abs(a.logp - b.logp).max() < 1e-3
-    convert(tmp_path / "bare", model="tiny", dataset="tiny/chat", output_dir=tmp_path / "v2")
+    convert(tmp_path / "bare", model="tiny", dataset=str(home / "chats.jsonl"), output_dir=tmp_path / "v2")
     text = LogitStore(home / "chat")
     assert all(s.input_ids.tolist() == text[s.index].input_ids.tolist() for s in LogitStore(tmp_path / "v2"))
 
 
 def test_axolotl_without_tokens_reads_its_messages(home, tmp_path):
-    done = convert(home / "chat", to="axolotl", dataset="tiny/chat", k=128, output_dir=tmp_path / "to")
+    done = convert(home / "chat", to="axolotl", dataset=str(home / "chats.jsonl"), k=128, output_dir=tmp_path / "to")
     table = table_of(tmp_path / "to")
     assert {"messages", "logprobs", "target_token_ids"} <= set(table.column_names)
     lines = [
@@ -270,14 +273,14 @@ def test_a_kill_changes_nothing(home, tmp_path):
 
 def test_a_worker_gets_all_it_needs(home, tmp_path, monkeypatch):
     "The step that a worker unpacks writes what the one writes that was packed"
-    alone = convert(home / "old", dataset="tiny/chat", output_dir=tmp_path / "one")
+    alone = convert(home / "old", dataset=str(home / "chats.jsonl"), output_dir=tmp_path / "one")
 
     def sent(data, step, **own):
         assert len(packed := pickle.dumps(step)) < 1e6
-        return Job(data, pickle.loads(packed), **own)
+        return Job(data, pickle.loads(packed), **own)  # noqa: S301, what was packed a line above
 
     monkeypatch.setattr(rewrite, "Job", sent)
-    done = convert(home / "old", dataset="tiny/chat", output_dir=tmp_path / "two")
+    done = convert(home / "old", dataset=str(home / "chats.jsonl"), output_dir=tmp_path / "two")
     assert said(tmp_path / "two") == said(tmp_path / "one") and done.lost == alone.lost
 
 
@@ -289,7 +292,7 @@ def test_refusals_come_before_work(home, tmp_path):
     other = tmp_path / "other.jinja"
     other.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     cases = [
-        (dict(source=home / "old", dataset="tiny/chat", chat_template=other), "of the store; got"),
+        (dict(source=home / "old", dataset=str(home / "chats.jsonl"), chat_template=other), "of the store; got"),
         (dict(source=home / "old"), "the data set of a store in the format v1"),
         (dict(source=home / "chat", chat_template=other), "a data set beside chat_template"),
         (dict(source=home / "chat", to="v3"), "a format of v2, v1, distillkit, axolotl, vllm; got 'v3'"),
@@ -299,7 +302,7 @@ def test_refusals_come_before_work(home, tmp_path):
         (dict(source=home / "nowhere"), "a store's folder"),
         (dict(source=home / "words.jsonl"), "columns of v2, v1"),
         (
-            dict(source=home / "old", dataset="tiny/chat", reading=Reading(turns="last")),
+            dict(source=home / "old", dataset=str(home / "chats.jsonl"), reading=Reading(turns="last")),
             "rows read as the source says",
         ),
     ]

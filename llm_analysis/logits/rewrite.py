@@ -38,7 +38,7 @@ from .store import LogitStore
 from .texts import Reading, Text, read
 from .verify import read_as, same_template
 
-# %% ../../nbs/logits/71_rewrite.ipynb #c939dbec
+# %% ../../nbs/logits/71_rewrite.ipynb #dba22e4b
 class Texts:
     "The rows of a data set as tokens, made as they were made then"
 
@@ -51,7 +51,7 @@ class Texts:
         reading: Reading,
     ):
         self.rows, self.place, self.revision, self.reading = rows, place, words.revision, reading
-        self.where = {} if rows is None else {int(i): k for k, i in enumerate(rows["index"])}
+        self.where = {} if rows is None else {int(i): k for k, i in enumerate(rows["index"][:])}
         self.fingerprint, self.tokenizer = words.fingerprint, words.tokenizer
         self.recipe = program and (program.source, dict(program.special), program.ends)
         self.program = program
