@@ -295,10 +295,9 @@ def _riders(texts: Texts | None, to: str) -> tuple[pa.Field, ...]:
     columns = texts.rows.features.arrow_schema
     return tuple(columns.field(c) for c in ("messages", "prompt", "completion", "tools") if c in columns.names)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #06658fd2
+# %% ../../nbs/logits/71_rewrite.ipynb #14acf64e
 def convert(
-    source: str
-    | os.PathLike,  # a store's folder, a .parquet or .jsonl file, a folder of them, or OWNER/NAME of the Hub
+    source: str | os.PathLike,  # a store's folder, .parquet or .jsonl files, or OWNER/NAME of the Hub
     *,
     to: str = "v2",  # v2, v1, distillkit, axolotl or vllm
     source_format: str = "auto",  # the same names; auto: known by the columns
