@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #d385d3d9
+# %% ../nbs/98_cli.ipynb #fe538ee3
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -45,6 +45,12 @@ COMMANDS = (
     Command("logits", "plan", "llm_analysis.logits.plan:plan", "what that will cost, and how good it will be"),
     Command(
         "logits", "verify", "llm_analysis.logits.verify:verify", "ask the teacher again about random rows of a store"
+    ),
+    Command(
+        "logits",
+        "convert",
+        "llm_analysis.logits.rewrite:convert",
+        "rewrite distributions from one format to another: v1, v2, DistillKit, Axolotl, vLLM",
     ),
     Command(
         "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"
