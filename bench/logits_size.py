@@ -27,7 +27,6 @@ from llm_analysis.jobs.footer import options
 from llm_analysis.logits import v1, v2
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.picked import Picked
-from llm_analysis.logits.plan import rounding
 from llm_analysis.logits.select import TopK, VarOpt, uniforms
 
 TEXT = 128
@@ -74,7 +73,7 @@ class Way:
         self.rows.append(row)
         self.errors.append(picked.error)
         if self.format != "plain":
-            self.kl.append(rounding(picked, self.read(row)))
+            self.kl.append(v2.divergence(picked, self.read(row)).mean())
 
     def read(self, row: dict) -> Picked:
         "Back again, on the clock"

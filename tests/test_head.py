@@ -17,7 +17,7 @@ from llm_analysis.lm.model import LM, load
 from llm_analysis.lm.packing import stream_logits
 from llm_analysis.lm.targets import Encoded
 from llm_analysis.lm.template import template
-from llm_analysis.logits import extract, verify
+from llm_analysis.logits import extract, plan, verify
 from llm_analysis.logits.extract import Request, picks, picks_each
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.run import extract as run
@@ -268,3 +268,28 @@ def test_a_request_still_stores_the_same(monkeypatch):
     few = step.postprocess(step.process(rows), rows)
     assert len(blocks) > len(rows)
     assert whole.column("exact_ids").to_pylist() == few.column("exact_ids").to_pylist()
+
+
+def test_a_forecast_asks_once_and_counts_the_chosen_way_alone(monkeypatch):
+    "On a clock that only the model and the selectors move"
+    lm, now = load("tiny", device="cpu"), [0.0]
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    def slow(selector, seconds: float):
+        own = type("Slow", (type(selector),), {})(**vars(selector))
+        object.__setattr__(own, "pick", lambda *given, **how: passes(seconds) or selector.pick(*given, **how))
+        return own
+
+    steps = {k: extract.Extract(lm, Request(route="single"), template(lm.tokenizer)) for k in "abc"}
+    for step, seconds in zip(steps.values(), (10.0, 1e3, 1e5)):
+        step.selector = slow(step.selector, seconds)
+    rows = [dict(r) for r in open_rows("tiny/chat", turns=True, max_samples=6).dataset]
+    texts = [steps["a"].text(row) for row in rows]
+    hook = lm.model.lm_head.register_forward_hook(lambda *_: passes(1.0))
+    ways, seconds = plan._ways(steps, texts, list(range(6)))
+    hook.remove()
+    assert seconds == 6 * (1 + 10) and now[0] == 6 * (1 + 10 + 1e3 + 1e5)
+    assert [w.name for w in ways] == [*"abc"] and len({w.nbytes for w in ways}) == 1

@@ -70,7 +70,7 @@ class Selection:
             return VarOpt(size=self.size) if self.size is not None else VarOpt(self.eps)
         return VarOpt(worth=self.worth or WORTH)
 
-# %% ../../nbs/logits/62_extract.ipynb #ddb6fbff
+# %% ../../nbs/logits/62_extract.ipynb #e0c22a7e
 def picks_each(
     lm: LM,
     texts: Sequence[Text],
@@ -80,7 +80,7 @@ def picks_each(
     seed: int = 0,
     route: str = "auto",  # how `lm.packing` lays them out; a named one repeats bit by bit
     batch_tokens: int | None = None,  # tokens computed at once; None: what suits the device
-) -> list[list[Picked]]:  # of each selector, one for each text
+) -> list[list[Picked | None]]:  # of each selector, one for each text; None where it has no targets
     "What several selectors keep of the same distributions, computed once"
     found = [[[] for _ in texts] for _ in selectors]
     came = [0] * len(texts)  # targets of each text so far
@@ -109,7 +109,7 @@ def picks(
     seed: int = 0,
     route: str = "auto",  # how `lm.packing` lays them out; a named one repeats bit by bit
     batch_tokens: int | None = None,  # tokens computed at once; None: what suits the device
-) -> list[Picked]:  # one for each text
+) -> list[Picked | None]:  # one for each text; None where it has no targets
     "What is kept of the distributions that predict the targets of some texts"
     return picks_each(lm, texts, rows, [selector], seed=seed, route=route, batch_tokens=batch_tokens)[0]
 
