@@ -31,7 +31,6 @@ from llm_analysis.logits import v1, v2
 from llm_analysis.logits.distillkit import Layout, pack_bits, values
 from llm_analysis.logits.nucleus import Nucleus
 from llm_analysis.logits.picked import Picked
-from llm_analysis.logits.plan import rounding
 from llm_analysis.logits.quantise import to_bf16
 from llm_analysis.logits.select import TopK, VarOpt, uniforms
 
@@ -112,7 +111,7 @@ class Way:
             return
         self.errors.append(picked.error)
         if self.format != "plain":
-            self.kl.append(rounding(picked, self.read(row)))
+            self.kl.append(v2.divergence(picked, self.read(row)).mean())
 
     def read(self, row: dict) -> Picked:
         "Back again, on the clock"

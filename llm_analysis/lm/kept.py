@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['masked_out', 'prove_kept']
 
-# %% ../../nbs/lm/25_kept.ipynb #c95800d0
+# %% ../../nbs/lm/25_kept.ipynb #8fa9884b
 import inspect
 from collections.abc import Sequence
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 from ..core import stream
+from .head import only_rows
 from .model import LM
 from .plan import Places, Tokens, plan
 from llm_analysis.lm.routes import (
@@ -24,7 +25,6 @@ from llm_analysis.lm.routes import (
     judge,
     largest_gap,
     material,
-    only_rows,
     rounding,
 )
 

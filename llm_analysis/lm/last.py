@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['apart', 'only_last']
 
-# %% ../../nbs/lm/23_last.ipynb #d9f2b361
+# %% ../../nbs/lm/23_last.ipynb #6ed51728
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Int
 from torch import nn
 from transformers import PreTrainedModel
 
-# %% ../../nbs/lm/23_last.ipynb #a497175a
+from .head import seeing
+
+# %% ../../nbs/lm/23_last.ipynb #63b696c0
 def apart(model: PreTrainedModel) -> list[nn.Module]:  # empty for a model that names its parts otherwise
     "Parts of the last block that treat each position by itself, keys and values left out"
     layers = getattr(model.base_model, "layers", None)
@@ -33,11 +35,6 @@ def apart(model: PreTrainedModel) -> list[nn.Module]:  # empty for a model that 
     return found
 
 
-def _gather(rows: Int[torch.Tensor, " draw"]):
-    "A hook that lets a part see these rows alone"
-    return lambda _, given: (given[0].flatten(0, 1)[rows][None], *given[1:])
-
-
 def _scatter(rows: Int[torch.Tensor, " draw"], batch: int, tok: int):
     "A hook that puts a part's rows back where they came from, zeros elsewhere"
 
@@ -48,7 +45,7 @@ def _scatter(rows: Int[torch.Tensor, " draw"], batch: int, tok: int):
 
     return put
 
-# %% ../../nbs/lm/23_last.ipynb #1d080b9c
+# %% ../../nbs/lm/23_last.ipynb #67e8e06b
 @contextmanager
 def only_last(
     model: PreTrainedModel,
@@ -57,14 +54,8 @@ def only_last(
     tok: int,  # tokens of each
 ) -> Iterator[None]:
     "Inside, the last block is computed at these positions alone"
-    hooks = []
-    for part in apart(model):
-        hooks += [
-            part.register_forward_pre_hook(_gather(rows)),
-            part.register_forward_hook(_scatter(rows, batch, tok)),
-        ]
-    try:
+    with ExitStack() as stack:
+        for part in apart(model):
+            stack.enter_context(seeing(part, lambda x: x.flatten(0, 1)[rows][None]))
+            stack.callback(part.register_forward_hook(_scatter(rows, batch, tok)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Ids', 'Report', 'Answers', 'token_logprobs', 'logits', 'stream_logits', 'hidden']
 
-# %% ../../nbs/lm/28_packing.ipynb #25dd1180
+# %% ../../nbs/lm/28_packing.ipynb #fff333c5
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from jaxtyping import Float
 from ..core import need
 from .choose import choose
 from .model import LM
-from .plan import Places, Tokens
-from .routes import compute
+from .plan import Places, Plan, Tokens
+from .routes import compute, splits
 
 # %% ../../nbs/lm/28_packing.ipynb #a74f1771
 @dataclass(frozen=True)
@@ -266,7 +267,35 @@ def logits(
     how = dict(places=_kept(lm, tokens, places), route=route, batch_tokens=batch_tokens, dedupe=dedupe)
     return _read(lm, tokens, wanted, read, tail, layer=None, **how)
 
-# %% ../../nbs/lm/28_packing.ipynb #30d56af6
+# %% ../../nbs/lm/28_packing.ipynb #9ad48029
+def _at_once(
+    lm: LM,
+    done: Plan,
+    asked: Sequence[Places],
+    most: int,  # rows of logits that are wanted at a time
+) -> int | None:  # None: all rows of a forward
+    "`most`, where a forward has more than that and the model's head may see a few at a time"
+    if max((sum(len(asked[k]) for k in f.members) for f in done.forwards), default=0) <= most:
+        return None
+    if splits(lm):
+        return most
+    what = "its answers change if its output head sees a few positions at a time"
+    warnings.warn(f"{lm.name}: {what}; all logits of a text are made at once", RuntimeWarning, stacklevel=4)
+    return None
+
+
+def _off(left: list[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
+    "Take the owners of the next rows off the front: (sequence, how many of them)"
+    taken = []
+    while rows:
+        i, have = left.pop(0)
+        taken.append((i, min(have, rows)))
+        rows -= taken[-1][1]
+        if have > taken[-1][1]:
+            left.insert(0, (i, have - taken[-1][1]))
+    return taken
+
+# %% ../../nbs/lm/28_packing.ipynb #aa069ead
 def stream_logits(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
@@ -277,7 +306,7 @@ def stream_logits(
     most: int
     | None = None,  # rows of logits at a time; None: as many as take 128 MB, on an accelerator 1 GB, in float32
 ) -> Iterator[tuple[Float[torch.Tensor, "draw vocab"], list[tuple[int, int]]]]:  # logits; (sequence, its rows) in turn
-    "Scores of the next token after every asked-for position, a forward at a time; sequences without one are left out"
+    "Scores of the next token after every asked-for position, some at a time; sequences without one are left out"
     tokens = _tokens(lm, sequences)
     wanted = _positions(tokens, positions, 0)
     for i, p in enumerate(wanted):
@@ -286,9 +315,11 @@ def stream_logits(
     most = most or max(64, (1 << 28 if large else 1 << 25) // lm.vocab)
     limits = dict(route=route, budget=_budget(lm, batch_tokens), max_answers=most)
     done, _ = choose(lm, work.sequences, work.asked, **limits)
-    users = work.users
-    for forward, out in compute(lm, done, work.sequences, work.asked):
-        yield out, [(users[k][0], len(work.asked[k])) for k in forward.members]
+    left: list[tuple[int, int]] = []
+    for forward, out in compute(lm, done, work.sequences, work.asked, most=_at_once(lm, done, work.asked, most)):
+        left = left or [(work.users[k][0], len(work.asked[k])) for k in forward.members]
+        yield out, _off(left, len(out))
+        del out  # before the next ones are made
 
 # %% ../../nbs/lm/28_packing.ipynb #df19b661
 def hidden(

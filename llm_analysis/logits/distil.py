@@ -6,9 +6,8 @@
 __all__ = ['DistillationDataCollator', 'plain_head', 'student_at', 'distillation_loss', 'DistillationMixin',
            'DistillationTrainer']
 
-# %% ../../nbs/logits/60_distil.ipynb #73ccc862
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+# %% ../../nbs/logits/60_distil.ipynb #7e01f6ca
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from jaxtyping import Int
 from transformers import Trainer
 
 from ..core import WorldError, need
-from ..lm.routes import only_rows
+from ..lm.head import head_of, only_rows, seeing
 from .loss import Student, sparse_kd_loss
 from .picked import Picked, concatenate
 from .sparse import SparseTargets, certain
@@ -82,7 +81,7 @@ class DistillationDataCollator:
         batch = {k: torch.from_numpy(v.reshape(shape)) for k, v in batch.items()}
         return batch | {"targets": SparseTargets.of(concatenate(picked), self.vocab)}
 
-# %% ../../nbs/logits/60_distil.ipynb #c107b9e5
+# %% ../../nbs/logits/60_distil.ipynb #88aadb82
 def plain_head(
     model,  # a causal language model
 ) -> bool:
@@ -95,32 +94,14 @@ def plain_head(
     large = large * (100 / own.abs().max())
     own = torch.nn.functional.linear(large, head.weight, head.bias)
     one, training = torch.zeros(1, 1, dtype=torch.long, device=large.device), model.training
-    handle = head.register_forward_pre_hook(lambda _, args: (large[None], *args[1:]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeing(head, lambda _: large[None]):
             logits = model.eval()(input_ids=one, use_cache=False).logits[0]
     finally:
-        handle.remove()
         model.train(training)
     return own.shape == logits.shape and bool((own - logits).abs().max() <= 1)  # bfloat16 errs by half
 
-# %% ../../nbs/logits/60_distil.ipynb #19e78528
-@contextmanager
-def _seen(head: torch.nn.Module, gather: Int[torch.Tensor, " draw"]) -> Iterator[list[torch.Tensor]]:
-    "Inside, the head sees one position, and all gathered ones are noted"
-    noted = []
-
-    def hook(_, args):
-        noted.append(args[0].flatten(0, 1)[gather])
-        return noted[-1][None, :1], *args[1:]
-
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        yield noted
-    finally:
-        handle.remove()
-
-
+# %% ../../nbs/logits/60_distil.ipynb #469a81b2
 def student_at(
     model,  # a causal language model, as it is called; perhaps wrapped
     inputs: dict[str, torch.Tensor],  # what it is called with
@@ -131,9 +112,9 @@ def student_at(
 ) -> Student:
     "What the student says at these positions: hidden states and the head, or logits"
     if fused:
-        with _seen(own.get_output_embeddings(), gather) as noted:
+        with only_rows(own, gather, 1) as seen:
             model(**inputs, use_cache=False)
-        return noted[0], own.get_output_embeddings()
+        return seen.rows, head_of(own)
     with only_rows(own, gather):
         return model(**inputs, use_cache=False).logits[0]
 

@@ -19,6 +19,7 @@ from ..lm.model import LM, load
 from ..lm.packing import stream_logits
 from ..lm.template import Template
 from . import v2
+from .picked import take
 from .run import opened, program_of
 from .store import LogitStore
 from .texts import Reading, Text, read
@@ -63,7 +64,7 @@ def same_template(store: LogitStore, program: Template | None) -> None:
     fix = "give the file it was made with by --chat-template"
     need(mine == theirs, f"the template {str(theirs)[:12]} of the store", got=str(mine)[:12], do=fix)
 
-# %% ../../nbs/logits/66_verify.ipynb #36671322
+# %% ../../nbs/logits/66_verify.ipynb #f43e6821
 def compare(
     lm: LM,
     store: LogitStore,
@@ -72,17 +73,19 @@ def compare(
     "The distributions of these rows, computed again, beside those that are stored"
     indices, exact, target, entries, top = list(texts), 0.0, -1.0, 0, 1.0
     reads = [texts[i].positions - 1 for i in indices]
+    came = [0] * len(indices)  # targets of each row so far
     for z, owners in stream_logits(lm, [texts[i].ids for i in indices], reads):
         top = max(top, float(z.abs().max()))
-        for (k, _), rows in zip(owners, z.split([n for _, n in owners])):
-            p, text = store[indices[k]].picked, texts[indices[k]]
+        for (k, n), rows in zip(owners, z.split([n for _, n in owners])):
+            own, came[k] = np.arange(came[k], came[k] + n), came[k] + n
+            p, text = take(store[indices[k]].picked, own), texts[indices[k]]
             logp = rows.double().log_softmax(-1).cpu().numpy()
             kept = ~p.by_lot
             token = np.repeat(np.arange(len(p)), p.exact)
             exact = max(exact, _largest(logp[token, p.ids[kept]], p.logp[kept]))
             entries += int(kept.sum())
             if not np.isnan(p.target).any():
-                target = max(target, _largest(logp[np.arange(len(p)), text.ids[text.positions]], p.target))
+                target = max(target, _largest(logp[np.arange(len(p)), text.ids[text.positions[own]]], p.target))
     unit = torch.finfo(lm.dtype).eps * top
     allowed = 8 * unit + (store.about.get("step", 0.001) + 2 / v2.FINE)
     return Verified(len(texts), sum(map(len, reads)), entries, exact, target if target >= 0 else np.nan, allowed)
