@@ -123,16 +123,16 @@ class Calibration:
         sums = (getattr(self, k) + getattr(other, k) for k in ("unseen", "headless", "impossible"))
         return Calibration(self.top + other.top, self.kept + other.kept, self.excess.merge(other.excess), *sums)
 
-# %% ../../nbs/logits/69_calibration.ipynb #c8474d3f
+# %% ../../nbs/logits/69_calibration.ipynb #011a0ac8
 def _drawn(ax: Axes, bins: Bins) -> Axes:
-    "Frequency over mean probability, with 95 % intervals of a calibrated teacher's frequency"
+    "Frequency over mean probability, with 1.96 standard errors to either side"
     there = bins.to_frame()
     half = 1.96 * there.stderr
     ax.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
     ax.errorbar(
         there.said, there.came, half, fmt="o", color=PALETTE["blue"], ecolor="#555555", capsize=2, markersize=4
     )
-    ax.set(xlabel="probability that the teacher gave", ylabel="how often it came")
+    ax.set(xlabel="probability that the teacher gave", ylabel="how often it came", ylim=(-0.03, 1.05))
     sns.despine(ax=ax)
     return ax
 
@@ -152,7 +152,8 @@ def plot_kept(
     ax: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:
     "Reliability of every exact entry, on logarithmic axes; bins of which nothing came are left out"
-    kept, low = found.kept, found.KEPT[1] / 2
+    kept = found.kept
+    low = np.min(kept.said[kept.came > 0] / kept.count[kept.came > 0], initial=0.5) / 3
     some = np.where(kept.came > 0, kept.count, 0)
     ax = ax or plt.subplots(figsize=(4, 3.6), dpi=90, layout="constrained")[1]
     _drawn(ax, Bins(kept.edges, some, kept.came, kept.said, kept.spread))

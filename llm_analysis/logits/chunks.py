@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Texts', 'CHUNK', 'EDGES', 'Chunk', 'with_text', 'chunk_of', 'chosen', 'chunks', 'Adds', 'gather', 'Spread', 'Bands']
 
-# %% ../../nbs/logits/68_chunks.ipynb #2437792c
-from collections.abc import Callable, Iterable, Iterator, Sequence
+# %% ../../nbs/logits/68_chunks.ipynb #e14668f9
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -19,7 +19,7 @@ from .picked import Picked, concatenate
 from .store import LogitStore
 from .v2 import Sample
 
-# %% ../../nbs/logits/68_chunks.ipynb #427a7f27
+# %% ../../nbs/logits/68_chunks.ipynb #fd8c2c0d
 Texts = Callable[[int], tuple[np.ndarray, np.ndarray]]  # index of a row → its tokens, and its targets' positions
 
 
@@ -32,6 +32,7 @@ class Chunk:
     picked: Picked  # of all their targets
     place: Int[np.ndarray, " tok"]  # number of the target in its answer; in its row where positions are not known
     came: Int[np.ndarray, " tok"]  # the token that came; -1: not known
+    lengths: Mapping[int, Mapping[str, int]]  # part → column → values in it, those of other rows too
 
     @property
     def counts(self) -> Int[np.ndarray, " batch"]:
@@ -58,7 +59,7 @@ def with_text(
     need(fits, f"{want} rising positions in row {sample.index}", got=f"{len(at)} in {len(ids)} tokens", do=fix)
     return Sample(sample.index, ids.astype(np.int32), at, sample.picked, sample.id)
 
-# %% ../../nbs/logits/68_chunks.ipynb #0be6a223
+# %% ../../nbs/logits/68_chunks.ipynb #37564d87
 def _places(sample: Sample) -> Int[np.ndarray, " tok"]:
     "How many targets of the same answer stand before each"
     n = np.arange(len(sample.picked))
@@ -77,6 +78,7 @@ def _nothing() -> Picked:
 def chunk_of(
     samples: Sequence[Sample],  # any number of rows
     part: Sequence[int] | None = None,  # number of the file that each is in; None: 0
+    lengths: Mapping[int, Mapping[str, int]] | None = None,  # part → column → values in it
 ) -> Chunk:
     "Rows as a chunk"
     none, samples = np.zeros(0, np.int64), tuple(samples)
@@ -87,9 +89,10 @@ def chunk_of(
         concatenate([s.picked for s in samples]) if samples else _nothing(),
         np.concatenate([none, *map(_places, samples)]),
         np.concatenate([none, *came]).astype(np.int64),
+        dict(lengths or {}),
     )
 
-# %% ../../nbs/logits/68_chunks.ipynb #5c1f3252
+# %% ../../nbs/logits/68_chunks.ipynb #4f366012
 CHUNK = 20_000  # targets
 
 
@@ -116,18 +119,20 @@ def chunks(
     show: bool = False,  # draw how far it is
 ) -> Iterator[Chunk]:
     "The rows of a store, some thousand targets at a time; at least one chunk, which may be empty"
-    rows, held, parts, targets = chosen(store, max_samples, seed), [], [], 0
+    rows, held, parts, targets, lengths = chosen(store, max_samples, seed), [], [], 0, {}
     canvas = _canvas(f"explore[{store.name}]", len(rows), show)
     for k, index in enumerate(rows, 1):
         held.append(with_text(store[index], texts))
-        parts.append(store.places()[index][0])
+        parts.append(store.held[0])
+        if parts[-1] not in lengths:
+            lengths[parts[-1]] = {name: len(values) for name, values in store.held[1].values.items()}
         targets += len(held[-1].picked)
         if targets >= CHUNK and k < len(rows):
             if canvas:
                 canvas.show(f"{k:,} of {len(rows):,} rows", k, [])
-            yield chunk_of(held, parts)
-            held, parts, targets = [], [], 0
-    yield chunk_of(held, parts)
+            yield chunk_of(held, parts, lengths)
+            held, parts, targets, lengths = [], [], 0, {parts[-1]: lengths[parts[-1]]}
+    yield chunk_of(held, parts, lengths)
     if canvas:
         canvas.show(f"{len(rows):,} of {len(rows):,} rows", len(rows), [], final=True)
         canvas.close()
