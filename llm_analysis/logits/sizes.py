@@ -6,13 +6,14 @@
 __all__ = ['KINDS', 'kind_of', 'Columns', 'column_bytes', 'plot_columns', 'target_bytes', 'Bytes', 'plot_map', 'Nuclei',
            'nucleus_sizes', 'checked_masses', 'plot_nuclei']
 
-# %% ../../nbs/logits/69_sizes.ipynb #598797bf
+# %% ../../nbs/logits/69_sizes.ipynb #b3f5d55f
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ from .chunks import Bands, Chunk, Spread, chunks, gather
 from .store import LogitStore
 from ..viz import bars, curve, heatmap
 
-# %% ../../nbs/logits/69_sizes.ipynb #df5b8bb6
+# %% ../../nbs/logits/69_sizes.ipynb #eed45882
 KINDS = ("exact", "lots", "fixed", "text")
 _EXACT = ("exact_ids", "exact_drops", "exact_bf16", "top_indices_low", "top_indices_high", "top_logits_quantized")
 _LOTS = ("drawn_ids", "sampled_indices_low", "sampled_indices_high", "sampled_logits_quantized")
@@ -42,6 +43,7 @@ class Columns:
 
     files: int  # bytes of all files
     parts: tuple[Mapping[str, int], ...]  # of each part: column → bytes
+    targets: int  # of the whole store
 
     @property
     def total(self) -> dict[str, int]:
@@ -60,32 +62,35 @@ class Columns:
 def column_bytes(
     store: LogitStore,
 ) -> Columns:
-    "What each column takes, read from the footers alone"
-    files, parts = 0, []
+    "What each column takes, read from the footers; the targets are counted in the column that has one number for each"
+    files, parts, targets = 0, [], 0
+    counts = "exact" if store.format == "v2" else "top_counts"
     for path in store.paths:
         with store.system.open(path, "rb") as file:
             files += file.seek(0, 2)
-            meta, sizes = pq.ParquetFile(file).metadata, {}
+            opened = pq.ParquetFile(file)
+            meta, sizes = opened.metadata, {}
+            targets += pc.sum(pc.list_value_length(opened.read([counts])[counts])).as_py() or 0
             for group in map(meta.row_group, range(meta.num_row_groups)):
                 for column in map(group.column, range(group.num_columns)):
                     name = column.path_in_schema.split(".")[0]
                     sizes[name] = sizes.get(name, 0) + column.total_compressed_size
         parts.append(sizes)
-    return Columns(files, tuple(parts))
+    return Columns(files, tuple(parts), targets)
 
-# %% ../../nbs/logits/69_sizes.ipynb #fddc4e45
+# %% ../../nbs/logits/69_sizes.ipynb #1da72c75
 def plot_columns(
     columns: Columns,
-    targets: int,  # of the whole store
     ax: Axes | None = None,  # where to draw; None: a new figure of fitting height
 ) -> Axes:
     "Bytes a target, by column, the largest first"
     kinds, footers = {k: kind_of(k) for k in columns.total}, columns.by_kind()["footers"]
+    targets = max(columns.targets, 1)
     found = sorted((columns.total | {"footers": footers}).items(), key=lambda item: -item[1])
     names = [f"{name} ({kinds[name]})" if kinds.get(name, name) != name else name for name, _ in found]
     ax = ax or plt.subplots(figsize=(5, 0.8 + 0.24 * len(found)), dpi=90, layout="constrained")[1]
-    ax = bars([size / max(targets, 1) for _, size in found], labels=names, ax=ax, xlabel="bytes a target")
-    ax.set_title(f"{columns.files / max(targets, 1):.1f} bytes a target in all", fontsize=10)
+    ax = bars([size / targets for _, size in found], labels=names, ax=ax, xlabel="bytes a target")
+    ax.set_title(f"{columns.files / targets:.1f} bytes a target in all", fontsize=10)
     return ax
 
 # %% ../../nbs/logits/69_sizes.ipynb #c298860b
