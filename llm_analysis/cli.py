@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .core import InputError, WorldError, near, need
 
-# %% ../nbs/98_cli.ipynb #d385d3d9
+# %% ../nbs/98_cli.ipynb #610acb1e
 @dataclass(frozen=True)
 class Command:
     "One line of the command line's table"
@@ -46,6 +46,7 @@ COMMANDS = (
     Command(
         "logits", "verify", "llm_analysis.logits.verify:verify", "ask the teacher again about random rows of a store"
     ),
+    Command("logits", "explore", "llm_analysis.logits.explore:explore", "one page that shows what a store holds"),
     Command(
         "job", "lengths", "llm_analysis.lengths:add_lengths", "how many tokens each row is: counted once, for all runs"
     ),

@@ -64,13 +64,13 @@ class Counts:
         sums = (getattr(self, k) + getattr(other, k) for k in ("rows", "empty", "targets", "seen", "reached"))
         return Counts(*sums, {k: s + other.spreads[k] for k, s in self.spreads.items()})
 
-# %% ../../nbs/logits/70_explored.ipynb #d105afde
+# %% ../../nbs/logits/70_explored.ipynb #e4dc182a
 def _number(x: float) -> str:
     "Three digits, or a whole number, or a sign that nothing is known"
     return "not known" if np.isnan(x) else f"{x:,.0f}" if abs(x) >= 1000 or x == int(x) else f"{x:.3g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     "A store in one table"
 
@@ -124,6 +124,8 @@ class Summary:
         lines += ["  ".join([r[0].ljust(wide[0]), *map(str.rjust, r[1:], wide[1:])]) for r in self.cells()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _repr_markdown_(self) -> str:
         head, *rows = self.cells()
         line = lambda cells: f"| {' | '.join(cells)} |"
@@ -173,7 +175,7 @@ class Profile:
         lines = [f"{name}: {a:,} not known, {b:,} infinite" for name, (a, b) in each.items()]
         return "left out of " + "; ".join(lines) if lines else ""
 
-# %% ../../nbs/logits/70_explored.ipynb #cb0d2223
+# %% ../../nbs/logits/70_explored.ipynb #c66f584e
 _DRAWN = {"entropy": "blue", "surprise": "vermilion"}
 
 
@@ -211,4 +213,5 @@ def plot_places(
             curve(at, *quantiles.T, label=name, color=color, ax=ax)
     where = "answer" if found.answers else "row (places in the answers are not known)"
     ax.set(xscale="log", xlabel=f"place in the {where}, from 1", ylabel="nats")
+    ax.xaxis.set_major_formatter("{x:g}")
     return ax

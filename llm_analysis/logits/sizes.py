@@ -208,7 +208,7 @@ class Nuclei:
         ]
         return pd.DataFrame(rows).replace(-np.inf, np.nan)
 
-# %% ../../nbs/logits/69_sizes.ipynb #55e0cee5
+# %% ../../nbs/logits/69_sizes.ipynb #26f718f2
 def nucleus_sizes(
     store: LogitStore,
     top_p: Sequence[float] = (0.5, 0.9, 0.95),  # probabilities between 0 and 1
@@ -245,4 +245,5 @@ def plot_nuclei(
         label = f"{mass:g} ({beyond / max(sizes.count + beyond, 1):.1%} not told)"
         curve(x, share, label=label, color=_COLORS[k % len(_COLORS)], ax=ax)
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="entries of the nucleus", ylabel="share of targets")
+    ax.xaxis.set_major_formatter("{x:g}")
     return ax
