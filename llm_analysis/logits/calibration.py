@@ -21,7 +21,7 @@ from .chunks import Chunk, Texts, chunks, gather
 from .store import LogitStore
 from ..viz import PALETTE
 
-# %% ../../nbs/logits/69_calibration.ipynb #4a2d6fdf
+# %% ../../nbs/logits/69_calibration.ipynb #2213ae3e
 @dataclass(frozen=True)
 class Bins:
     "How often what was given some probability came, by that probability"
@@ -33,11 +33,11 @@ class Bins:
     spread: Float[np.ndarray, " bin"]  # sum of p (1 - p)
 
     @classmethod
-    def of(cls, p: Float[np.ndarray, " _"], came: Bool[np.ndarray, " _"], edges: Float[np.ndarray, " edge"]) -> "Bins":
+    def of(cls, p: Float[np.ndarray, "_"], came: Bool[np.ndarray, "_"], edges: Float[np.ndarray, " edge"]) -> "Bins":
         "Of probabilities, and what came"
         p, n = np.clip(np.asarray(p, dtype=np.float64), 0, 1), len(edges) - 1
         at = np.clip(np.searchsorted(edges, p, side="right") - 1, 0, n - 1)
-        add = lambda x: np.bincount(at, x, minlength=n)
+        add = lambda x: np.bincount(at, x, minlength=n).astype(np.float64)
         return cls(edges, np.bincount(at, minlength=n), add(came).astype(np.int64), add(p), add(p * (1 - p)))
 
     def __add__(self, other: "Bins") -> "Bins":

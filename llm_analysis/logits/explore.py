@@ -6,7 +6,7 @@
 __all__ = ['Colour', 'Shown', 'target_values', 'coloured', 'legend', 'Explored', 'look', 'explored_page', 'texts_of', 'Page',
            'explore']
 
-# %% ../../nbs/logits/71_explore.ipynb #7a44b621
+# %% ../../nbs/logits/71_explore.ipynb #8e586fee
 import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from ..lm.model import load_tokenizer
 from ..lm.template import Template
 from .calibration import Calibration, plot_kept, plot_top, told
 from .chunks import Chunk, Texts, chosen, chunks, gather
-from .explored import Counts, Profile, Summary, plot_entropy, plot_places
+from .explored import Counts, Profile, Summary, in_words, plot_entropy, plot_places
 from .run import opened, program_of
 from llm_analysis.logits.sizes import (
     Bytes,
@@ -48,7 +48,7 @@ from ..text import Vocabulary, token_texts
 from ..views import tokens_html
 from ..viz import page
 
-# %% ../../nbs/logits/71_explore.ipynb #b95cc1a7
+# %% ../../nbs/logits/71_explore.ipynb #6c81b637
 Colour = Literal["probability", "entropy", "bytes"]
 
 
@@ -56,7 +56,7 @@ Colour = Literal["probability", "entropy", "bytes"]
 class Shown:
     "Some rows with the bytes of their targets"
 
-    rows: tuple[tuple[Sample, Float[np.ndarray, " tok"]], ...]
+    rows: tuple[tuple[Sample, Float[np.ndarray, "_"]], ...]
 
     @classmethod
     def of(cls, chunk: Chunk, columns: Columns, wanted: frozenset[int]) -> "Shown":
@@ -72,7 +72,7 @@ class Shown:
 
 def target_values(
     sample: Sample,  # with its tokens
-    nbytes: Float[np.ndarray, " tok"],  # of its targets
+    nbytes: Float[np.ndarray, " target"],  # of its targets
     by: Colour,
 ) -> Float[np.ndarray, " tok"]:  # of every token; nan: no target, or not known
     "What the tokens of a row are coloured by"
@@ -85,7 +85,7 @@ def target_values(
     found[sample.positions] = each
     return found
 
-# %% ../../nbs/logits/71_explore.ipynb #8acdc850
+# %% ../../nbs/logits/71_explore.ipynb #04f92262
 _MEANT = {
     "probability": "the probability that the teacher gave the token that came: the bluer, the likelier",
     "entropy": "the teacher's entropy before the token came, in nats: the bluer, the less sure it was",
@@ -98,7 +98,7 @@ def coloured(
     tokenizer: Vocabulary,  # the teacher's
     *,
     by: Colour = "probability",
-    nbytes: Float[np.ndarray, " tok"] | None = None,  # of its targets; needed for by="bytes"
+    nbytes: Float[np.ndarray, " target"] | None = None,  # of its targets; needed for by="bytes"
     vmax: float | None = None,  # value of full colour; None: 1 for a probability, the largest here for the others
 ) -> str:  # inline HTML without scripts; every character escaped
     "A row's text, each target in the colour of its number"
@@ -108,18 +108,22 @@ def coloured(
     need(by != "bytes" or nbytes is not None, "nbytes for by='bytes'", got="none", do="see `sizes.target_bytes`")
     values = target_values(sample, np.zeros(len(sample.picked)) if nbytes is None else nbytes, by)
     full = 1.0 if by == "probability" and vmax is None else vmax
-    return tokens_html(token_texts(tokenizer, sample.input_ids.tolist()), values, vmax=full)
+    text = tokens_html(token_texts(tokenizer, sample.input_ids.tolist()), values, vmax=full)
+    return f'<span class="targets">{text}</span>'
 
 
 def legend(
     by: Colour,
     vmax: float,  # value of full colour
 ) -> str:  # inline HTML
-    "What the colours mean, with a scale"
+    "What the colours mean, with a scale, and the style that makes other tokens faint"
     steps = np.linspace(0, vmax, 5)
     scale = tokens_html([f"{' ' * (k > 0)}{x:.3g}" for k, x in enumerate(steps)], steps, vmax=vmax)
-    plain = "plain: no target, or not known"
-    return f'<p class="quiet">Coloured by {escape(_MEANT[by])}. {scale} ({plain}; ␣ ⏎ ⇥ stand for white space)</p>'
+    plain = "faint: no target, or not known"
+    faint = "<style>.targets bdi:not([title]){opacity:.6}</style>"
+    return (
+        f'{faint}<p class="quiet">Coloured by {escape(_MEANT[by])}. {scale} ({plain}; ␣ ⏎ ⇥ stand for white space)</p>'
+    )
 
 # %% ../../nbs/logits/71_explore.ipynb #e9d7cbac
 @dataclass(frozen=True)
@@ -171,28 +175,28 @@ def look(
     told_of = Summary(_called(store), store.about, len(store), columns, counts)
     return Explored(told_of, profile, found[5] if seen else None, nbytes, nuclei, shown, choice)
 
-# %% ../../nbs/logits/71_explore.ipynb #d947b330
+# %% ../../nbs/logits/71_explore.ipynb #b3556099
 def _picture(ax: Axes, said: str) -> str:
     "A figure as HTML, with words for those who do not see it"
     held = BytesIO()
     ax.figure.savefig(held, format="png", dpi=150, metadata={"Software": None})
     plt.close(ax.figure)
     data = b64encode(held.getvalue()).decode()
-    return f'<p><img alt="{escape(said)}" src="data:image/png;base64,{data}"></p>'
+    return f'<p><img style="width:min(100%,34rem)" alt="{escape(said)}" src="data:image/png;base64,{data}"></p>'
 
 
 def _table(rows: Sequence[Sequence[str]], heading: bool = True) -> str:
     "Cells as a table; the first row and the first column are headings"
     tag = lambda r, c: "th" if c == 0 or (heading and r == 0) else "td"
     cells = lambda r, row: "".join(f"<{tag(r, c)}>{escape(x)}</{tag(r, c)}>" for c, x in enumerate(row))
-    return f"<table>{''.join(f'<tr>{cells(r, row)}</tr>' for r, row in enumerate(rows))}</table>"
+    whole = ' style="white-space:nowrap"' if heading else ""  # numbers are not broken: the table scrolls instead
+    return f"<table{whole}>{''.join(f'<tr>{cells(r, row)}</tr>' for r, row in enumerate(rows))}</table>"
 
 
 def _nuclei(found: Nuclei) -> str:
     "Sizes of nuclei as a table"
-    number = lambda x: "not known" if np.isnan(x) else f"{x:,.4g}"
     head = ["top_p", "targets told", "not told", "mean", "median", "90 %", "largest"]
-    return _table([head, *([number(x) for x in row] for row in found.to_frame().to_numpy(float).tolist())])
+    return _table([head, *([in_words(x) for x in row] for row in found.to_frame().to_numpy(float).tolist())])
 
 # %% ../../nbs/logits/71_explore.ipynb #788dad84
 def _sureness(found: Explored) -> str:

@@ -118,7 +118,7 @@ def target_bytes(
     each = np.array([shares[k] for k in parts.tolist()]).reshape(len(parts), 3)
     return each * np.stack([p.exact, p.sampled, np.ones(len(p))], axis=1)
 
-# %% ../../nbs/logits/69_sizes.ipynb #5f98880a
+# %% ../../nbs/logits/69_sizes.ipynb #e35b249d
 _MAP = 24, 120  # rows and targets of the map
 
 
@@ -130,7 +130,7 @@ class Bytes:
     targets: int
     spread: Spread  # bytes of a target without the text
     bands: Bands  # the same by place in the answer
-    rows: tuple[tuple[int, Float[np.ndarray, " tok"]], ...]  # index and bytes of each target, for some rows
+    rows: tuple[tuple[int, Float[np.ndarray, "_"]], ...]  # index and bytes of each target, for some rows
 
     @classmethod
     def of(cls, chunk: Chunk, columns: Columns) -> "Bytes":
@@ -208,7 +208,7 @@ class Nuclei:
         ]
         return pd.DataFrame(rows).replace(-np.inf, np.nan)
 
-# %% ../../nbs/logits/69_sizes.ipynb #26f718f2
+# %% ../../nbs/logits/69_sizes.ipynb #dce7f20a
 def nucleus_sizes(
     store: LogitStore,
     top_p: Sequence[float] = (0.5, 0.9, 0.95),  # probabilities between 0 and 1
@@ -241,7 +241,7 @@ def plot_nuclei(
     ax = ax or plt.subplots(figsize=(5, 3), dpi=90, layout="constrained")[1]
     for k, (mass, sizes, beyond) in enumerate(zip(found.top_p, found.sizes, found.beyond)):
         share = np.cumsum(sizes.counts)[1:] / max(sizes.count + beyond, 1)
-        x = np.arange(1, len(share) + 1)
+        x = np.arange(1.0, len(share) + 1)
         label = f"{mass:g} ({beyond / max(sizes.count + beyond, 1):.1%} not told)"
         curve(x, share, label=label, color=_COLORS[k % len(_COLORS)], ax=ax)
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="entries of the nucleus", ylabel="share of targets")
