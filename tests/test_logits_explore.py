@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -170,7 +171,13 @@ def test_spread_against_numpy():
         assert abs(found.quantile(q) - np.quantile(x, q, method="inverted_cdf")) <= 1 / 128 + 1e-12
 
 
-def test_the_text_cannot_act(tmp_path):
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Pages without their figures, which take most of the time"
+    monkeypatch.setattr("llm_analysis.logits.explore._picture", lambda ax, said: plt.close(ax.figure) or "")
+
+
+def test_the_text_cannot_act(tmp_path, monkeypatch):
     tokenizer = load_tokenizer("tiny").tokenizer
     said = '<script>alert(1)</script> </bdi>" onload="x &amp; \t'
     ids = np.array(tokenizer(said)["input_ids"], np.int32)
@@ -185,9 +192,11 @@ def test_the_text_cannot_act(tmp_path):
         assert "<script>alert(1)</script>" in page.said.replace("␣", " ") and "<b>&" in page.said and "⇥" in page.said
         assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
         assert 'name="viewport"' in html and "default-src 'none'" in html
+        picture = '<img alt="" src="data:image/png;base64,">'
+        monkeypatch.setattr("llm_analysis.logits.explore._picture", lambda ax, _, p=picture: plt.close(ax.figure) or p)
 
 
-def test_v1_says_less_and_with_its_data_set_more(made, tmp_path):
+def test_v1_says_less_and_with_its_data_set_more(made, tmp_path, undrawn):
     store = LogitStore(made / "v1")
     with pytest.raises(InputError, match="a store that says which tokens came; got the format v1"):
         calibration(store)
@@ -210,7 +219,7 @@ def test_v1_says_less_and_with_its_data_set_more(made, tmp_path):
         assert known.any() and np.allclose(p[known], q[known], atol=2e-3)
 
 
-def test_no_rows_and_rows_without_targets(tmp_path):
+def test_no_rows_and_rows_without_targets(tmp_path, undrawn):
     none = explore(stored(tmp_path / "none", [], parts=1).name, text=False)
     assert none.found.summary.counts.rows == 0 and "no target to look at" in none.path.read_text()
     empty = whole(np.zeros((0, V)), np.zeros(0, int))
@@ -262,7 +271,7 @@ def test_the_command_leaves_a_run_as_it_was(made, tmp_path, capsys):
     assert re.search("colour|probability", capsys.readouterr().err)
 
 
-def test_a_store_of_texts_has_no_template(tmp_path):
+def test_a_store_of_texts_has_no_template(tmp_path, undrawn):
     data = tmp_path / "t.jsonl"
     data.write_text('{"text": "The cat sat."}\n{"text": "A dog ran off."}\n')
     extract(str(data), model="tiny", output_dir=tmp_path / "run", reading=Reading(text_column="text"))

@@ -125,7 +125,7 @@ def legend(
         f'{faint}<p class="quiet">Coloured by {escape(_MEANT[by])}. {scale} ({plain}; ␣ ⏎ ⇥ stand for white space)</p>'
     )
 
-# %% ../../nbs/logits/71_explore.ipynb #e9d7cbac
+# %% ../../nbs/logits/71_explore.ipynb #df381dad
 @dataclass(frozen=True)
 class Explored:
     "What was found in a store"
@@ -142,7 +142,7 @@ class Explored:
         more = [told(self.calibration)] if self.calibration else []
         return "\n".join([f"{self.choice}", str(self.summary), *more])
 
-
+# %% ../../nbs/logits/71_explore.ipynb #114f2c08
 def _called(store: LogitStore) -> str:
     "A name without the way to it"
     path = Path(store.name).expanduser()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reached', 'Counts', 'in_words', 'Summary', 'summary', 'Profile', 'plot_entropy', 'plot_places']
 
-# %% ../../nbs/logits/70_explored.ipynb #0073c950
+# %% ../../nbs/logits/70_explored.ipynb #73efdd4f
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from fastcore.basics import patch
 from jaxtyping import Bool
 from matplotlib.axes import Axes
 
@@ -64,12 +65,12 @@ class Counts:
         sums = (getattr(self, k) + getattr(other, k) for k in ("rows", "empty", "targets", "seen", "reached"))
         return Counts(*sums, {k: s + other.spreads[k] for k, s in self.spreads.items()})
 
-# %% ../../nbs/logits/70_explored.ipynb #8fe29bfb
+# %% ../../nbs/logits/70_explored.ipynb #d1201c9f
 def in_words(x: float) -> str:
     "Three digits, or a whole number, or a sign that nothing is known"
     return "not known" if np.isnan(x) else f"{x:,.0f}" if abs(x) >= 1000 or x == int(x) else f"{x:.3g}"
 
-
+# %% ../../nbs/logits/70_explored.ipynb #3b34cb4a
 @dataclass(frozen=True, repr=False)
 class Summary:
     "A store in one table"
@@ -86,38 +87,6 @@ class Summary:
         surprise = self.counts.spreads["surprise of the token that came, nats"]
         return float("inf") if surprise.endless else float(np.exp(surprise.mean))
 
-    def facts(self) -> list[tuple[str, str]]:
-        "What stands above the table, as pairs of words"
-        c, size, said = self.counts, self.columns, self.about
-        each = size.files / max(size.targets, 1)
-        kinds = ", ".join(f"{k} {n / max(size.targets, 1):.1f}" for k, n in size.by_kind().items())
-        found = {
-            "store": f"{self.name}, format {said['format']}, teacher {said.get('model') or 'not known'}",
-            "rows": f"{self.rows:,} in {len(size.parts):,} files, {size.targets:,} targets",
-            "looked at": f"{c.rows:,} rows with {c.targets:,} targets; {c.empty:,} of these rows have none",
-            "bytes": f"{size.files:,}, {each:.1f} a target: {kinds}",
-        }
-        share = f"{c.reached / c.seen:.1%} of {c.seen:,}" if c.seen else "not known: the store does not say what came"
-        found["token that came among the exact entries"] = share
-        if not np.isnan(self.perplexity):
-            found["perplexity of the tokens that came"] = f"{self.perplexity:.4g}"
-        return list(found.items())
-
-    def to_frame(self) -> pd.DataFrame:
-        "What is measured of the targets, a row each"
-        rows = {}
-        for name, s in self.counts.spreads.items():
-            quartiles = {f"{q:.0%}": s.quantile(q) for q in (0.25, 0.5, 0.75)}
-            largest = s.most if s.count else np.nan
-            rows[name] = dict(mean=s.mean) | quartiles | dict(largest=largest, unknown=s.unknown, infinite=s.endless)
-        return pd.DataFrame.from_dict(rows, orient="index")
-
-    def cells(self) -> list[list[str]]:
-        "The table in words, its heading first"
-        table = self.to_frame()
-        each = [[name, *map(in_words, row)] for name, row in zip(table.index, table.to_numpy(float).tolist())]
-        return [["each target", *table.columns], *each]
-
     def __str__(self) -> str:
         lines = [f"{name}: {value}" for name, value in self.facts()]
         wide = [max(map(len, column)) for column in zip(*self.cells())]
@@ -132,6 +101,44 @@ class Summary:
         facts = [f"- {name}: {value}" for name, value in self.facts()]
         return "\n".join([*facts, "", line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows)])
 
+# %% ../../nbs/logits/70_explored.ipynb #1dca07e2
+@patch
+def facts(self: Summary) -> list[tuple[str, str]]:
+    "What stands above the table, as pairs of words"
+    c, size, said = self.counts, self.columns, self.about
+    each = size.files / max(size.targets, 1)
+    kinds = ", ".join(f"{k} {n / max(size.targets, 1):.1f}" for k, n in size.by_kind().items())
+    found = {
+        "store": f"{self.name}, format {said['format']}, teacher {said.get('model') or 'not known'}",
+        "rows": f"{self.rows:,} in {len(size.parts):,} files, {size.targets:,} targets",
+        "looked at": f"{c.rows:,} rows with {c.targets:,} targets; {c.empty:,} of these rows have none",
+        "bytes": f"{size.files:,}, {each:.1f} a target: {kinds}",
+    }
+    share = f"{c.reached / c.seen:.1%} of {c.seen:,}" if c.seen else "not known: the store does not say what came"
+    found["token that came among the exact entries"] = share
+    if not np.isnan(self.perplexity):
+        found["perplexity of the tokens that came"] = f"{self.perplexity:.4g}"
+    return list(found.items())
+
+
+@patch
+def to_frame(self: Summary) -> pd.DataFrame:
+    "What is measured of the targets, a row each"
+    rows = {}
+    for name, s in self.counts.spreads.items():
+        quartiles = {f"{q:.0%}": s.quantile(q) for q in (0.25, 0.5, 0.75)}
+        largest = s.most if s.count else np.nan
+        rows[name] = dict(mean=s.mean) | quartiles | dict(largest=largest, unknown=s.unknown, infinite=s.endless)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+@patch
+def cells(self: Summary) -> list[list[str]]:
+    "The table in words, its heading first"
+    table = self.to_frame()
+    each = [[name, *map(in_words, row)] for name, row in zip(table.index, table.to_numpy(float).tolist())]
+    return [["each target", *table.columns], *each]
+
 # %% ../../nbs/logits/70_explored.ipynb #2e52862f
 def summary(
     store: LogitStore,
@@ -144,7 +151,7 @@ def summary(
     counts = gather([Counts.of], chunks(store, max_samples=max_samples, seed=seed, texts=texts))[0]
     return Summary(store.name, store.about, len(store), column_bytes(store), counts)
 
-# %% ../../nbs/logits/70_explored.ipynb #be18a085
+# %% ../../nbs/logits/70_explored.ipynb #5999ceb4
 @dataclass(frozen=True)
 class Profile:
     "Entropy and surprise, along the answers"

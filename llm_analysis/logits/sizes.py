@@ -23,7 +23,7 @@ from .chunks import Bands, Chunk, Spread, chunks, gather
 from .store import LogitStore
 from ..viz import bars, curve, heatmap
 
-# %% ../../nbs/logits/69_sizes.ipynb #eed45882
+# %% ../../nbs/logits/69_sizes.ipynb #849597cf
 KINDS = ("exact", "lots", "fixed", "text")
 _EXACT = ("exact_ids", "exact_drops", "exact_bf16", "top_indices_low", "top_indices_high", "top_logits_quantized")
 _LOTS = ("drawn_ids", "sampled_indices_low", "sampled_indices_high", "sampled_logits_quantized")
@@ -58,7 +58,7 @@ class Columns:
             found[kind_of(name)] += size
         return found | {"footers": self.files - sum(found.values())}
 
-
+# %% ../../nbs/logits/69_sizes.ipynb #65b49391
 def column_bytes(
     store: LogitStore,
 ) -> Columns:
@@ -118,7 +118,7 @@ def target_bytes(
     each = np.array([shares[k] for k in parts.tolist()]).reshape(len(parts), 3)
     return each * np.stack([p.exact, p.sampled, np.ones(len(p))], axis=1)
 
-# %% ../../nbs/logits/69_sizes.ipynb #e35b249d
+# %% ../../nbs/logits/69_sizes.ipynb #cd661a3f
 _MAP = 24, 120  # rows and targets of the map
 
 
@@ -169,7 +169,7 @@ def plot_map(
     ax.set(xlabel="target of the row, from 0", ylabel="row")
     return ax
 
-# %% ../../nbs/logits/69_sizes.ipynb #19211a16
+# %% ../../nbs/logits/69_sizes.ipynb #71a460d2
 @dataclass(frozen=True)
 class Nuclei:
     "Sizes of nuclei at some probabilities"
