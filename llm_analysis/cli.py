@@ -46,6 +46,7 @@ COMMANDS = (
     Command(
         "logits", "verify", "llm_analysis.logits.verify:verify", "ask the teacher again about random rows of a store"
     ),
+    Command("logits", "explore", "llm_analysis.logits.explore:explore", "one page that shows what a store holds"),
     Command(
         "logits",
         "convert",
