@@ -129,7 +129,7 @@ def _line(message: object) -> str:
     "A message as one line, without anything that looks like an access token of the Hub"
     return re.sub(r"\bhf_\w{8,}", "hf_…", " ".join(str(message).split()))
 
-# %% ../nbs/98_cli.ipynb #60e47af1
+# %% ../nbs/98_cli.ipynb #a0d833a1
 def main(
     argv: Sequence[str] | None = None,  # words after `llm-analysis`; None: this process's own
     commands: Sequence[Command] = COMMANDS,  # the table
@@ -154,12 +154,12 @@ def main(
 
 
 def _show(result: Any) -> int:
-    "Print what a function returned; 141 if nobody reads it"
+    "Print what a function returned; its own `exit_code`, or 0; 141 if nobody reads it"
     try:
         if result is not None:
             print(result)
         sys.stdout.flush()
-        return 0
+        return getattr(result, "exit_code", 0)
     except BrokenPipeError:  # what is still in the buffer goes nowhere, so that Python's own exit stays silent too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -268,6 +268,13 @@ def test_ctrl_c(calm, side, tmp_path):
     same(out, calm)
 
 
+def test_two_workers_write_what_one_does(calm, tmp_path):
+    "The step goes to other processes, template and all"
+    jobs = JobOptions(**CUT, num_workers=2)
+    assert extract(str(calm.data), output_dir=tmp_path / "out", jobs=jobs, **PLAIN).complete
+    same(tmp_path / "out", calm)
+
+
 def test_a_deadline_and_other_settings(calm, tmp_path):
     "What is begun under a deadline goes on; with another seed, template or format it does not"
     out, data = tmp_path / "out", str(calm.data)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'Job']
 
-# %% ../../nbs/jobs/19_job.ipynb #579dc56d
+# %% ../../nbs/jobs/19_job.ipynb #45c5f9bf
 import os
 import signal
 import threading
@@ -23,7 +23,7 @@ from .dispatch import Brief, Dispatch
 from .executor import find_devices, run_here
 from .folder import Planned, open_run
 from .local import run_local
-from .options import JobOptions, Summary
+from .options import JobOptions, Summary, frequent
 from .parts import Chunk, Log, Part
 from .plan import Plan
 from .progress import Progress, Status, Tally, counted
@@ -164,7 +164,7 @@ def _sending(self: Job, log: Log, stop: _Stop) -> Iterator:
     finally:
         upload.finish(patience)
 
-# %% ../../nbs/jobs/19_job.ipynb #2e4c898d
+# %% ../../nbs/jobs/19_job.ipynb #3f962c0b
 class _Control:
     "What an executor is told, and where it reports"
 
@@ -201,7 +201,8 @@ def _summary(
     done = int(tally.parts(parts)[0])
     ended = "complete" if done == rows else why
     now = dict(computed=max(done - before, 0), seconds=seconds, deaths=deaths, ended=ended, sent=sent)
-    return Summary(self.folder, rows, done, **counted(parts), **now)
+    why = frequent([reason for p in parts for _, _, reason in p.skipped])
+    return Summary(self.folder, rows, done, **counted(parts), **now, reasons=why)
 
 # %% ../../nbs/jobs/19_job.ipynb #81dd2c81
 @patch

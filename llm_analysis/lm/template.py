@@ -136,7 +136,7 @@ def tool_schemas(
     "Tools as templates read them: JSON schemas"
     return None if tools is None else [_plain(t if isinstance(t, Mapping) else get_json_schema(t)) for t in tools]
 
-# %% ../../nbs/lm/21_template.ipynb #adf7fbb2
+# %% ../../nbs/lm/21_template.ipynb #348aa8cc
 @dataclass(frozen=True)
 class Template:
     "A chat template: the program that writes a conversation as one text"
@@ -151,6 +151,10 @@ class Template:
         except jinja2.TemplateSyntaxError as e:
             got = f"{e.message} in line {e.lineno}"
             raise InputError(f"expected a chat template in Jinja; got {got}; mend the template") from e
+
+    def __reduce__(self):
+        "It travels as its source, and is compiled anew: a program in Jinja cannot be sent"
+        return Template, (self.source, dict(self.special), self.ends)
 
     @cached_property
     def sha256(self) -> str:

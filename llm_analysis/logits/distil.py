@@ -6,7 +6,7 @@
 __all__ = ['DistillationDataCollator', 'plain_head', 'student_at', 'distillation_loss', 'DistillationMixin',
            'DistillationTrainer']
 
-# %% ../../nbs/logits/60_distil.ipynb #7e01f6ca
+# %% ../../nbs/logits/60_distil.ipynb #ba39fd7d
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +19,10 @@ from ..core import WorldError, need
 from ..lm.head import head_of, only_rows, seeing
 from .loss import Student, sparse_kd_loss
 from .picked import Picked, concatenate
+from .rows import Shuffled, StoredRows
 from .sparse import SparseTargets, certain
 
-# %% ../../nbs/logits/60_distil.ipynb #b82ed659
+# %% ../../nbs/logits/60_distil.ipynb #99bf770d
 def _checked(row) -> tuple[Int[np.ndarray, " tok"], Int[np.ndarray, " k"], Picked]:
     "Ids, positions and what was picked of a row, if they belong together"
     get = row.__getitem__ if isinstance(row, Mapping) else lambda name: getattr(row, name)
@@ -34,6 +35,8 @@ def _checked(row) -> tuple[Int[np.ndarray, " tok"], Int[np.ndarray, " k"], Picke
     got = f"{at[:8].tolist()}{' …' if len(at) > 8 else ''}"
     need(inside, f"rising positions from 1 to {len(ids) - 1}: nothing predicts the first token", got=got, do=fix)
     _agree(ids[at], picked)
+    if np.isnan(picked.target).any():
+        _unshifted(ids, at, picked)
     return ids.astype(np.int64), at, picked
 
 
@@ -48,6 +51,17 @@ def _agree(came: Int[np.ndarray, " k"], picked: Picked) -> None:
     wrong = np.where(np.isnan(found), picked.target > least + near, np.abs(found - picked.target) > near)
     got, fix = f"other ones at {wrong.sum()} of {len(wrong)}", "look for a shift by one between ids and positions"
     need(not wrong.any(), "distributions of the tokens that came", got=got, do=fix, error=WorldError)
+
+
+def _unshifted(ids: Int[np.ndarray, " tok"], at: Int[np.ndarray, " k"], picked: Picked) -> None:
+    "Refuse a row whose entries hold the neighbours of its targets rather than the targets"
+    token = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled)
+    inside = [at + d for d in (-1, 0, 1)]
+    same = [picked.ids == ids[np.clip(x, 0, len(ids) - 1)][token] for x in inside]
+    before, here, after = (len(np.unique(token[hit & ~picked.by_lot])) for hit in same)
+    fits, fix = max(before, after) < 2 * here + 5, "look for a shift by one between ids and positions"
+    got = f"{here} of {len(at)}, and {max(before, after)} of their neighbours"
+    need(fits, "distributions of the tokens that came", got=got, do=fix, error=WorldError)
 
 # %% ../../nbs/logits/60_distil.ipynb #22355147
 @dataclass(frozen=True)
@@ -151,9 +165,9 @@ def distillation_loss(
         loss = loss + alpha * sparse_kd_loss(student, label, reduction="sum", chunk=chunk)
     return loss / (max(len(gather), 1) if items is None else items), cut
 
-# %% ../../nbs/logits/60_distil.ipynb #6ea65207
+# %% ../../nbs/logits/60_distil.ipynb #60aaa606
 class DistillationMixin:
-    "Gives a trainer the loss on stored distributions; stands before it among the bases"
+    "Gives a trainer the loss on stored distributions, and `StoredRows` an order that suits them; first of the bases"
 
     def __init__(
         self,
@@ -176,6 +190,12 @@ class DistillationMixin:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # the head is not whole outside of the model
         self.how["fused"] = not sharded and plain_head(own)
         self.lost = 0  # entries that the student does not have
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, StoredRows) and getattr(self.args, "train_sampling_strategy", "random") == "random":
+            return Shuffled(rows, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Mean over the targets of the whole step"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exact_ones', 'to_v2', 'Format']
 
-# %% ../../nbs/logits/70_formats.ipynb #93e2510a
+# %% ../../nbs/logits/70_formats.ipynb #ecd8b5f4
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from . import convert as rows_of
 from . import v1, v2
 from .convert import Taken, Written
 from .distillkit import Layout
-from .picked import TEMPERATURES, Picked, take
+from .picked import Picked
 from .quantise import log_rest
 
 # %% ../../nbs/logits/70_formats.ipynb #964fe66c
@@ -51,7 +51,7 @@ def _targets(picked: Picked, came: Int[np.ndarray, " tok"]) -> Picked:
     target[token[hit]] = np.minimum(picked.logp[hit], 0)  # rounding may have lifted it above
     return replace(picked, target=target)
 
-# %% ../../nbs/logits/70_formats.ipynb #8e7957b0
+# %% ../../nbs/logits/70_formats.ipynb #ee41a994
 def to_v2(
     taken: Taken,  # with its text and positions
     index: int,  # of the text, in the data set it came from
@@ -62,23 +62,12 @@ def to_v2(
     "A row of our own format, null where something is not known; `InputError` where the description does not fit"
     picked, weights = exact_ones(taken.picked)
     picked = _targets(picked, taken.input_ids[taken.positions])
-    known = np.flatnonzero(~np.isnan(picked.target))
-    lost = {
-        "weights of entries drawn from the tail": weights,
-        "targets of unknown probability": len(picked) - len(known),
-    }
+    lost = {"weights of entries drawn from the tail": weights}
     if about["values"] == "steps":
         lost["log-sum-exps"] = int(np.isfinite(picked.logsumexp).sum())
-    picked, positions = take(picked, known), taken.positions[known]
-    lse = np.nan_to_num(picked.logsumexp)
-    least = np.float32(lse[:, None] / np.array(TEMPERATURES))
-    hot = np.full_like(least, np.nan) if picked.tempered is None else picked.tempered
-    filled = dict(entropy=np.nan_to_num(picked.entropy), error=np.nan_to_num(picked.error), logsumexp=lse)
-    filled["tempered"] = np.where(np.isnan(hot), least + 1e-6, hot)
-    row = v2.encode(v2.Sample(index, taken.input_ids, positions, replace(picked, **filled), id), about)
-    blank = dict(entropy=np.isnan(picked.entropy), error=np.isnan(picked.error), tempered=np.isnan(hot).ravel())
-    row |= {k: [None if no else x for x, no in zip(row[k].tolist(), blank[k])] for k in blank if blank[k].any()}
-    lost |= {f"nulls in {k}": int(no.sum()) for k, no in blank.items()}
+    picked = replace(picked, logsumexp=np.nan_to_num(picked.logsumexp))
+    row = v2.encode(v2.Sample(index, taken.input_ids, taken.positions, picked, id), about)
+    lost |= {f"nulls in {k}": sum(x is None for x in row[k]) for k in ("target", "entropy", "error", "tempered")}
     return Written(row, {k: n for k, n in lost.items() if n})
 
 # %% ../../nbs/logits/70_formats.ipynb #d27493b0
@@ -127,7 +116,7 @@ class Format:
         more = [pa.field("targets", pa.int32())] * (self.format != "v1") + [pa.field("lost", pa.string())]
         return pa.schema([*base, *self.riders, *more], meta)
 
-# %% ../../nbs/logits/70_formats.ipynb #3c4faf0c
+# %% ../../nbs/logits/70_formats.ipynb #bd914cf3
 def _flat(said: Sequence[dict | None]) -> dict[str, list]:
     "vLLM's flat form of its list"
     counts = np.array([len(one or {}) for one in said])
@@ -161,8 +150,7 @@ def written(
         found = Written(found.row | dict(input_ids=ids.tolist()), found.lost)
     else:
         found = rows_of.to_distillkit(p, ids, at, Layout(**self.about["layout"]), **how)
-    gone = ("targets of unknown probability", "tokens without an entry")
-    kept = len(p) - sum(found.lost.get(x, 0) for x in gone)
+    kept = len(p) - found.lost.get("tokens without an entry", 0)
     need(kept > 0, "a target that the format can hold", got=f"none of {len(p)}", do="there is nothing to write of it")
     lost = dict(Counter(taken.lost) + Counter(found.lost))
     row = found.row | dict(index=index, targets=kept, lost=json.dumps(lost))

@@ -49,7 +49,7 @@ def _xlogx(logp: torch.Tensor) -> torch.Tensor:
     "p log p, 0 where p is"
     return logp.exp() * logp.masked_fill(logp == -torch.inf, 0)
 
-# %% ../../nbs/logits/59_loss.ipynb #03dfd75e
+# %% ../../nbs/logits/59_loss.ipynb #24df22db
 def _said(t: SparseTargets, temperature: float, tail: str) -> _Said:
     "The targets as they are read"
     if tail == "sampled":
@@ -74,7 +74,7 @@ def _check(t: SparseTargets, beta: float, temperature: float, tail: str) -> None
     known = (1.0, *TEMPERATURES)
     need(temperature in known, f"a temperature of {', '.join(map(str, known))}", got=temperature, do="choose one")
     if temperature != 1:
-        stored = t.tempered is not None
+        stored = t.tempered is not None and not bool(t.tempered.isnan().any())
         fix = "take temperature=1, or a store that keeps them"
         need(stored, f"targets with the log-sum-exp at temperature {temperature}", got="none", do=fix)
         fix = "choose one: what entries by lot stand for is known at temperature 1 alone"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED', 'Texts', 'Rewrite', 'Converted', 'convert']
 
-# %% ../../nbs/logits/71_rewrite.ipynb #e6395a93
+# %% ../../nbs/logits/71_rewrite.ipynb #2f2ebf36
 import json
 import os
 from collections import Counter
@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from ..core import InputError, WorldError, digest, need
 from ..jobs.disk import tmp_name
-from ..jobs.identity import holder
+from ..jobs.identity import holder, output_folder
 from ..jobs.folder import open_run
 from ..jobs.job import Job, JobOptions
 from ..jobs.options import Summary
@@ -33,12 +33,12 @@ from .convert import Taken, Written
 from .formats import Format
 from .distillkit import Layout
 from .origin import NEEDS, Origin
-from .run import opened, output_folder, program_of
+from .run import OUTPUTS, opened, program_of
 from .store import LogitStore
 from .texts import Reading, Text, read
-from .verify import read_as, same_template
+from .verify import read_as, same_template, split_of
 
-# %% ../../nbs/logits/71_rewrite.ipynb #dba22e4b
+# %% ../../nbs/logits/71_rewrite.ipynb #34bceccb
 class Texts:
     "The rows of a data set as tokens, made as they were made then"
 
@@ -53,25 +53,19 @@ class Texts:
         self.rows, self.place, self.revision, self.reading = rows, place, words.revision, reading
         self.where = {} if rows is None else {int(i): k for k, i in enumerate(rows["index"][:])}
         self.fingerprint, self.tokenizer = words.fingerprint, words.tokenizer
-        self.recipe = program and (program.source, dict(program.special), program.ends)
         self.program = program
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("tokenizer", "program")}
+        return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
     @cached_property
     def tokenizer(self):
         "Loaded anew in each process"
         return load_tokenizer(self.place, revision=self.revision).tokenizer
 
-    @cached_property
-    def program(self) -> Template | None:
-        "Compiled anew in each process"
-        return self.recipe and Template(*self.recipe)
-
     def settings(self) -> dict:
         "What the texts depend on, beside the rows"
-        said = self.recipe and digest(self.recipe[0])
+        said = self.program and digest(self.program.source)
         return asdict(self.reading) | dict(tokenizer=self.fingerprint, program=said, rows=self.rows is not None)
 
     def of(self, index: int, own: dict) -> tuple[dict, Text]:
@@ -179,7 +173,7 @@ def _most(origin: Origin, layout: Layout | None) -> int:
     said = layout.k if layout else rule.get("most") or rule.get("k") or rule.get("size")
     return min(said or 0xFFFF, 0xFFFF)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #906b87f0
+# %% ../../nbs/logits/71_rewrite.ipynb #f2ba5725
 def _about(origin: Origin, to: str, vocab: int | None, k: int, layout: Layout | None) -> dict:
     "What every file of the result says about itself"
     theirs = {x: origin.about[x] for x in sorted(_OWN | {"converted_from"}) if x in origin.about and x != "format"}
@@ -214,7 +208,7 @@ def _texts(
     need(model is not None, "the model whose tokens these are", got="none", do="name it by --model")
     rows = None
     if dataset is not None:
-        rows, reading = opened(dataset, reading, model=model, split=split or about.get("split"))
+        rows, reading = opened(dataset, reading, model=model, split=split_of(_Said(origin), dataset, split))
     revision = about.get("revision") if model == about.get("model") else None
     words = load_tokenizer(model, revision=revision)
     program = program_of(words.tokenizer, reading, template)
@@ -222,7 +216,7 @@ def _texts(
         same_template(_Said(origin), program)
     return Texts(None if rows is None else rows.dataset, words, model, program, reading)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #e5727e12
+# %% ../../nbs/logits/71_rewrite.ipynb #164017e6
 TRIED = 32  # rows that are tried first
 
 
@@ -248,6 +242,11 @@ class Converted:
     after: int  # bytes of the result's
     lost: dict[str, int]  # what was left behind, and how often
     left_out: dict[str, int]  # why rows are not there, and how many
+
+    @property
+    def exit_code(self) -> int:
+        "As the run's"
+        return self.run.exit_code
 
     def __str__(self) -> str:
         each = (
@@ -295,7 +294,7 @@ def _riders(texts: Texts | None, to: str) -> tuple[pa.Field, ...]:
     columns = texts.rows.features.arrow_schema
     return tuple(columns.field(c) for c in ("messages", "prompt", "completion", "tools") if c in columns.names)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #14acf64e
+# %% ../../nbs/logits/71_rewrite.ipynb #ee97d563
 def convert(
     source: str | os.PathLike,  # a store's folder, .parquet or .jsonl files, or OWNER/NAME of the Hub
     *,
@@ -316,7 +315,7 @@ def convert(
     "Rewrite a data set of distributions in another format, and count what has no place there"
     need(to in NEEDS, f"a format of {', '.join(NEEDS)}", got=repr(to), do="choose one of these")
     origin = Origin(source, source_format)
-    folder = output_folder(f"{Path(origin.name).stem}-{to}", output_dir)
+    folder = output_folder(OUTPUTS, f"{Path(origin.name).stem}-{to}", output_dir)
     _refused(origin, source, to, folder, k)
     read_by = _layout(layout, origin)
     wide = origin.about.get("vocab") if to in ("axolotl", "vllm") else _vocab(origin, vocab, model, read_by)

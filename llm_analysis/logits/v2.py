@@ -129,7 +129,7 @@ def _spans(positions: Int[np.ndarray, " target"]) -> tuple[np.ndarray, np.ndarra
     new = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
     return positions[new], positions[np.append(new[1:], len(positions))[: len(new)] - 1] + 1
 
-# %% ../../nbs/logits/54_v2.ipynb #a390d793
+# %% ../../nbs/logits/54_v2.ipynb #f586d353
 def _fits(sample: Sample, about: dict) -> None:
     "`InputError` where the format has no place for what was picked"
     picked, positions, ids = sample.picked, sample.positions, sample.input_ids
@@ -144,14 +144,27 @@ def _fits(sample: Sample, about: dict) -> None:
     need(lots_known, "entries by lot that weigh the same", got="a Gumbel tail", do="use the format v1")
     most = int(max(picked.exact.max(initial=0), picked.sampled.max(initial=0)))
     need(most <= 0xFFFF, "at most 65,535 entries of a kind", got=most, do="allow fewer")
-    known = not any(x is None or np.isnan(x).any() for x in (picked.tempered, picked.target, picked.entropy))
-    need(known, "entropy, target and temperatures", got="nan", do="hand the targets over to `Selector.pick`")
     need(
         (sample.id is None) == (about["id"] is None),
         f"ids as described ({about['id']})",
         got=repr(sample.id),
         do="give all or none",
     )
+
+
+def _once(picked: Picked) -> dict:
+    "Columns of what there is once a target, null where it is not known"
+    hot, least = picked.tempered, picked.logsumexp[:, None] / np.array(TEMPERATURES)
+    hot = np.full_like(least, np.nan) if hot is None else hot - least
+    steps = lambda fine, dtype: lambda x: _steps(x, fine, dtype)
+    known = dict(target=(-picked.target, steps(TARGET, np.uint32)), entropy=(picked.entropy, steps(FINE, np.uint16)))
+    known |= dict(tempered=(hot.ravel(), steps(FINE, np.uint16)), error=(picked.error, _halvings))
+    found = {}
+    for name, (x, coded) in known.items():
+        gone = np.isnan(x)
+        whole = coded(np.where(gone, 0.0, x))
+        found[name] = [None if no else k for k, no in zip(whole.tolist(), gone)] if gone.any() else whole
+    return found
 
 
 def _values(picked: Picked, about: dict) -> dict:
@@ -163,7 +176,7 @@ def _values(picked: Picked, about: dict) -> dict:
     first = np.repeat((np.cumsum(n) - n)[n > 0], n[n > 0])
     return dict(exact_drops=to_steps(logp - logp[first], n, about["step"]))
 
-# %% ../../nbs/logits/54_v2.ipynb #98961a8c
+# %% ../../nbs/logits/54_v2.ipynb #fb96fb30
 def encode(
     sample: Sample,
     about: dict,  # from `describe`
@@ -174,10 +187,7 @@ def encode(
     start, end = _spans(sample.positions)
     row = dict(index=sample.index, input_ids=np.int32(sample.input_ids), span_start=start, span_end=end)
     row |= dict(exact=p.exact, drawn=p.sampled, exact_ids=p.ids[~lot], drawn_ids=_gaps(p.ids[lot], p.sampled))
-    hot = p.tempered - p.logsumexp[:, None] / np.array(TEMPERATURES)
-    row |= dict(odds=_steps(_odds(p.tail), FINE, np.int32), target=_steps(-p.target, TARGET, np.uint32))
-    row |= dict(entropy=_steps(p.entropy, FINE, np.uint16), tempered=_steps(hot.ravel(), FINE, np.uint16))
-    row |= dict(error=_halvings(p.error)) | _values(p, about)
+    row |= dict(odds=_steps(_odds(p.tail), FINE, np.int32)) | _once(p) | _values(p, about)
     return row | ({"id": sample.id} if about["id"] else {})
 
 
@@ -215,7 +225,7 @@ def _checked(row: dict, n, s, tokens: int, about: dict) -> None:
     where = f"columns of {tokens} targets in the row {row['index']}"
     need(not wrong, where, got="; ".join(wrong), do="write the file again", error=WorldError)
 
-# %% ../../nbs/logits/54_v2.ipynb #1e2f4f46
+# %% ../../nbs/logits/54_v2.ipynb #ab328ad1
 def decode(
     row: dict,  # column: value; lists or arrays
     about: dict,  # from `described`
@@ -227,7 +237,7 @@ def decode(
     n, s = (np.asarray(row[k], dtype=np.int32) for k in ("exact", "drawn"))
     _checked(row, n, s, len(positions), about)
     level = lambda k, fine: np.asarray(row[k], dtype=np.float64) / fine
-    odds, target = np.asarray(row["odds"], np.int64), np.asarray(row["target"], np.int64)
+    odds, target = np.asarray(row["odds"], np.int64), np.asarray(row["target"], np.float64)
     odds, lot = np.where(np.abs(odds) == ALL, np.copysign(np.inf, odds), odds / FINE), lots(n, s)
     tail = -np.logaddexp(0.0, odds)
     ids, logp = np.empty(len(lot), np.int32), np.full(len(lot), np.nan, np.float32)
