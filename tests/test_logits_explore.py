@@ -215,6 +215,9 @@ def test_v1_says_less_and_with_its_data_set_more(made, tmp_path, undrawn):
         mine = ours[sample.index]
         assert sample.input_ids.tolist() == mine.input_ids.tolist()
         p, q = (target_values(s, nbytes, "probability") for s in (sample, mine))
+        assert np.allclose(q[mine.positions], np.exp(mine.picked.target)) and np.isfinite(q).sum() == len(
+            mine.positions
+        )
         known = np.isfinite(p)
         assert known.any() and np.allclose(p[known], q[known], atol=2e-3)
 

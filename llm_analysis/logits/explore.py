@@ -317,7 +317,7 @@ def _output(store: LogitStore, output: Path | None) -> Path:
     need(there, "a folder that can be written for the page", got=str(found.parent), do="name a place by --output")
     return found
 
-# %% ../../nbs/logits/71_explore.ipynb #f3a6395d
+# %% ../../nbs/logits/71_explore.ipynb #b49adff5
 @dataclass(frozen=True)
 class Page:
     "A page that was written, and what it says"
@@ -328,7 +328,7 @@ class Page:
     def __str__(self) -> str:
         return f"{self.found}\n{self.path}"
 
-
+# %% ../../nbs/logits/71_explore.ipynb #85daea3d
 def explore(
     store: str | os.PathLike,  # a store's folder, one of its parts, or OWNER/NAME of the Hub
     *,
