@@ -257,7 +257,7 @@ def test_what_cannot_be_done_is_refused_first(made, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_the_command_leaves_a_run_as_it_was(made, tmp_path, capsys):
+def test_the_command_leaves_a_run_as_it_was(made, tmp_path, capsys, undrawn):
     out = shutil.copytree(made / "v2", tmp_path / "run")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     told = ["--top-p", "0.5,0.9", "--rows", "2", "--max-samples", "5", "--seed", "3"]
