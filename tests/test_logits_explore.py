@@ -215,6 +215,9 @@ def test_v1_says_less_and_with_its_data_set_more(made, tmp_path, undrawn):
         mine = ours[sample.index]
         assert sample.input_ids.tolist() == mine.input_ids.tolist()
         p, q = (target_values(s, nbytes, "probability") for s in (sample, mine))
+        assert np.allclose(q[mine.positions], np.exp(mine.picked.target)) and np.isfinite(q).sum() == len(
+            mine.positions
+        )
         known = np.isfinite(p)
         assert known.any() and np.allclose(p[known], q[known], atol=2e-3)
 
@@ -254,7 +257,7 @@ def test_what_cannot_be_done_is_refused_first(made, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_the_command_leaves_a_run_as_it_was(made, tmp_path, capsys):
+def test_the_command_leaves_a_run_as_it_was(made, tmp_path, capsys, undrawn):
     out = shutil.copytree(made / "v2", tmp_path / "run")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     told = ["--top-p", "0.5,0.9", "--rows", "2", "--max-samples", "5", "--seed", "3"]

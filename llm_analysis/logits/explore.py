@@ -175,7 +175,7 @@ def look(
     told_of = Summary(_called(store), store.about, len(store), columns, counts)
     return Explored(told_of, profile, found[5] if seen else None, nbytes, nuclei, shown, choice)
 
-# %% ../../nbs/logits/71_explore.ipynb #b3556099
+# %% ../../nbs/logits/71_explore.ipynb #88f77a5b
 def _picture(ax: Axes, said: str) -> str:
     "A figure as HTML, with words for those who do not see it"
     held = BytesIO()
@@ -188,9 +188,10 @@ def _picture(ax: Axes, said: str) -> str:
 def _table(rows: Sequence[Sequence[str]], heading: bool = True) -> str:
     "Cells as a table; the first row and the first column are headings"
     tag = lambda r, c: "th" if c == 0 or (heading and r == 0) else "td"
-    cells = lambda r, row: "".join(f"<{tag(r, c)}>{escape(x)}</{tag(r, c)}>" for c, x in enumerate(row))
-    whole = ' style="white-space:nowrap"' if heading else ""  # numbers are not broken: the table scrolls instead
-    return f"<table{whole}>{''.join(f'<tr>{cells(r, row)}</tr>' for r, row in enumerate(rows))}</table>"
+    whole = {"td": ' style="white-space:nowrap"'} if heading else {}  # numbers are not broken: the table scrolls
+    cell = lambda tag, x: f"<{tag}{whole.get(tag, '')}>{escape(x)}</{tag}>"
+    cells = lambda r, row: "".join(cell(tag(r, c), x) for c, x in enumerate(row))
+    return f"<table>{''.join(f'<tr>{cells(r, row)}</tr>' for r, row in enumerate(rows))}</table>"
 
 
 def _nuclei(found: Nuclei) -> str:
@@ -317,7 +318,7 @@ def _output(store: LogitStore, output: Path | None) -> Path:
     need(there, "a folder that can be written for the page", got=str(found.parent), do="name a place by --output")
     return found
 
-# %% ../../nbs/logits/71_explore.ipynb #f3a6395d
+# %% ../../nbs/logits/71_explore.ipynb #b49adff5
 @dataclass(frozen=True)
 class Page:
     "A page that was written, and what it says"
@@ -328,7 +329,7 @@ class Page:
     def __str__(self) -> str:
         return f"{self.found}\n{self.path}"
 
-
+# %% ../../nbs/logits/71_explore.ipynb #85daea3d
 def explore(
     store: str | os.PathLike,  # a store's folder, one of its parts, or OWNER/NAME of the Hub
     *,
