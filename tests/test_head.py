@@ -12,10 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_analysis.data import open_rows
 from llm_analysis.lm import head, routes
-from llm_analysis.lm.chat import from_spans
 from llm_analysis.lm.model import LM, load
 from llm_analysis.lm.packing import stream_logits
-from llm_analysis.lm.targets import Encoded
 from llm_analysis.lm.template import template
 from llm_analysis.logits import extract, plan, verify
 from llm_analysis.logits.extract import Request, picks, picks_each
@@ -186,13 +184,8 @@ def test_the_experiment_can_fail(monkeypatch, family, wrong):
 # ---- those who read them -------------------------------------------------------------------------------------------
 
 
-def written(ids: np.ndarray, positions: np.ndarray) -> Text:
-    mask = np.isin(np.arange(len(ids)), positions)
-    return Text(Encoded(ids, mask, np.zeros((len(ids), 2), np.int64), from_spans("", [])), positions)
-
-
 def told() -> list[Text]:
-    return [written(s, np.arange(max(1, len(s) // 2), len(s))) for s in sequences(longest=64) if len(s) > 1]
+    return [Text(s, np.arange(max(1, len(s) // 2), len(s))) for s in sequences(longest=64) if len(s) > 1]
 
 
 def few_at_a_time(monkeypatch, module, most: int) -> list[int]:
@@ -231,7 +224,7 @@ def test_what_is_kept_does_not_depend_on_it(monkeypatch, family, selector):
 
 def test_several_selectors_are_each_alone():
     lm, ways = opened("llama"), [VarOpt(worth=1e-3), TopK(8), VarOpt(eps=1e-3)]
-    texts, calls = [*told(), written(np.arange(4), np.arange(0))], []
+    texts, calls = [*told(), Text(np.arange(4), np.arange(0))], []
     hook = lm.model.model.register_forward_hook(lambda *_: calls.append(1))
     together = picks_each(lm, texts, range(len(texts)), ways, route="single")
     hook.remove()

@@ -88,7 +88,7 @@ def frequent(
         count[kind] += 1
     return tuple((first[kind], n) for kind, n in count.most_common())
 
-# %% ../../nbs/jobs/17_options.ipynb #cbf9aa6b
+# %% ../../nbs/jobs/17_options.ipynb #b870c6d6
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -118,13 +118,6 @@ class Summary:
         "Whether nothing is left"
         return self.left == 0
 
-    @property
-    def exit_code(self) -> int:
-        "What a shell should know: 0 done, 130 interrupted, 75 to be run again, 1 where every row that was tried failed"
-        if self.left:
-            return 130 if self.ended == "interrupted" else 75
-        return 1 if self.failed and self.failed + self.skipped == self.rows else 0
-
     def __str__(self) -> str:
         rate = f" in {spoken(self.seconds)}"
         rate += f", {self.computed / self.seconds:,.1f} rows/s" if self.computed else ""
@@ -145,3 +138,11 @@ class Summary:
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join(str(self).splitlines())
+
+# %% ../../nbs/jobs/17_options.ipynb #8cc7dd93
+@patch(as_prop=True)
+def exit_code(self: Summary) -> int:
+    "What a shell should know: 0 done, 130 interrupted, 75 to be run again, 1 where every row that was tried failed"
+    if self.left:
+        return 130 if self.ended == "interrupted" else 75
+    return 1 if self.failed and self.failed + self.skipped == self.rows else 0

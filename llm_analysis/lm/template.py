@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_messages', 'tool_schemas', 'Template', 'template', 'marks', 'unmarked']
 
-# %% ../../nbs/lm/21_template.ipynb #651c5607
+# %% ../../nbs/lm/21_template.ipynb #8b5e404c
 import hashlib
 import json
 import re
@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import jinja2
+from fastcore.basics import patch
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -136,7 +137,7 @@ def tool_schemas(
     "Tools as templates read them: JSON schemas"
     return None if tools is None else [_plain(t if isinstance(t, Mapping) else get_json_schema(t)) for t in tools]
 
-# %% ../../nbs/lm/21_template.ipynb #348aa8cc
+# %% ../../nbs/lm/21_template.ipynb #dfae0383
 @dataclass(frozen=True)
 class Template:
     "A chat template: the program that writes a conversation as one text"
@@ -151,10 +152,6 @@ class Template:
         except jinja2.TemplateSyntaxError as e:
             got = f"{e.message} in line {e.lineno}"
             raise InputError(f"expected a chat template in Jinja; got {got}; mend the template") from e
-
-    def __reduce__(self):
-        "It travels as its source, and is compiled anew: a program in Jinja cannot be sent"
-        return Template, (self.source, dict(self.special), self.ends)
 
     @cached_property
     def sha256(self) -> str:
@@ -186,6 +183,12 @@ class Template:
         except Exception as e:  # a template may raise whatever Python raises
             got = f"{type(e).__name__}: {e}".removeprefix("TemplateError: ") + "; give it what it takes"
             raise InputError(f"expected a conversation that the template accepts; got {got}") from e
+
+# %% ../../nbs/lm/21_template.ipynb #fbcae0bc
+@patch
+def __reduce__(self: Template) -> tuple:
+    "It travels as its source, and is compiled anew: a program in Jinja cannot be sent"
+    return Template, (self.source, dict(self.special), self.ends)
 
 # %% ../../nbs/lm/21_template.ipynb #15590374
 def template(

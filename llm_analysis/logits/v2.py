@@ -129,7 +129,7 @@ def _spans(positions: Int[np.ndarray, " target"]) -> tuple[np.ndarray, np.ndarra
     new = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
     return positions[new], positions[np.append(new[1:], len(positions))[: len(new)] - 1] + 1
 
-# %% ../../nbs/logits/54_v2.ipynb #f586d353
+# %% ../../nbs/logits/54_v2.ipynb #1bbb921a
 def _fits(sample: Sample, about: dict) -> None:
     "`InputError` where the format has no place for what was picked"
     picked, positions, ids = sample.picked, sample.positions, sample.input_ids
@@ -151,7 +151,7 @@ def _fits(sample: Sample, about: dict) -> None:
         do="give all or none",
     )
 
-
+# %% ../../nbs/logits/54_v2.ipynb #8b1207f9
 def _once(picked: Picked) -> dict:
     "Columns of what there is once a target, null where it is not known"
     hot, least = picked.tempered, picked.logsumexp[:, None] / np.array(TEMPERATURES)
