@@ -165,7 +165,9 @@ def test_v1_and_v2(home, tmp_path):
         assert np.abs(p - q).max() < 1 / 32
         assert np.allclose(came.tail, went.tail, atol=1e-2)
     assert done.lost.get("nulls in target", 0) == unknown
-    assert done.lost["weights of entries drawn from the tail"] == sum(s.picked.sampled.sum() for s in old)
+    assert done.lost["weights of entries drawn from the tail, so that it is to be read with tail='bucket'"] == sum(
+        s.picked.sampled.sum() for s in old
+    )
     back = convert(home / "chat", to="v1", output_dir=tmp_path / "back")
     adds_up(back, tmp_path / "back")
     assert back.lost["entries drawn from the tail"] == sum(s.picked.sampled.sum() for s in text)

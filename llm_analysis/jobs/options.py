@@ -88,7 +88,7 @@ def frequent(
         count[kind] += 1
     return tuple((first[kind], n) for kind, n in count.most_common())
 
-# %% ../../nbs/jobs/17_options.ipynb #b870c6d6
+# %% ../../nbs/jobs/17_options.ipynb #aadac084
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -108,16 +108,6 @@ class Summary:
     sent: object = None  # `upload.Sent`, where parts went to the Hub
     reasons: tuple[tuple[str, int], ...] = ()  # why rows have no result, and how many, the most frequent first
 
-    @property
-    def left(self) -> int:
-        "Rows that the next call will compute"
-        return self.rows - self.done
-
-    @property
-    def complete(self) -> bool:
-        "Whether nothing is left"
-        return self.left == 0
-
     def __str__(self) -> str:
         rate = f" in {spoken(self.seconds)}"
         rate += f", {self.computed / self.seconds:,.1f} rows/s" if self.computed else ""
@@ -134,12 +124,26 @@ class Summary:
         lines += [str(self.sent)] if self.sent is not None else []
         if self.left:
             lines.append(f"{self.left:,} rows are left ({self.ended}); run the same again to go on")
+        if not self.folder.is_absolute():
+            lines.append(f"results: {self.folder}")
         return "\n".join(lines)
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join(str(self).splitlines())
 
-# %% ../../nbs/jobs/17_options.ipynb #8cc7dd93
+# %% ../../nbs/jobs/17_options.ipynb #ea563544
+@patch(as_prop=True)
+def left(self: Summary) -> int:
+    "Rows that the next call will compute"
+    return self.rows - self.done
+
+
+@patch(as_prop=True)
+def complete(self: Summary) -> bool:
+    "Whether nothing is left"
+    return self.left == 0
+
+
 @patch(as_prop=True)
 def exit_code(self: Summary) -> int:
     "What a shell should know: 0 done, 130 interrupted, 75 to be run again, 1 where every row that was tried failed"

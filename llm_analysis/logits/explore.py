@@ -175,7 +175,7 @@ def look(
     told_of = Summary(_called(store), store.about, len(store), columns, counts)
     return Explored(told_of, profile, found[5] if seen else None, nbytes, nuclei, shown, choice)
 
-# %% ../../nbs/logits/71_explore.ipynb #88f77a5b
+# %% ../../nbs/logits/71_explore.ipynb #501cf285
 def _picture(ax: Axes, said: str) -> str:
     "A figure as HTML, with words for those who do not see it"
     held = BytesIO()
@@ -196,10 +196,11 @@ def _table(rows: Sequence[Sequence[str]], heading: bool = True) -> str:
 
 def _nuclei(found: Nuclei) -> str:
     "Sizes of nuclei as a table"
-    head = ["top_p", "targets told", "not told", "mean", "median", "90 %", "largest"]
-    return _table([head, *([in_words(x) for x in row] for row in found.to_frame().to_numpy(float).tolist())])
+    head = ["top_p", "targets told", "not told", "median", "90 %", "mean", "largest"]
+    words = lambda x: "more than is kept" if x == np.inf else "–" if x != x else in_words(x)
+    return _table([head, *([words(x) for x in row] for row in found.to_frame().to_numpy(float).tolist())])
 
-# %% ../../nbs/logits/71_explore.ipynb #788dad84
+# %% ../../nbs/logits/71_explore.ipynb #e00cab43
 def _sureness(found: Explored) -> str:
     "Sections on entropy and calibration"
     left, parts = found.profile.left_out(), ["<h2>How sure, and how surprised</h2>"]
@@ -234,7 +235,8 @@ def _costs(found: Explored) -> str:
     parts += [_picture(plot_map(found.nbytes), "bytes of each target, rows by targets")]
     why = (
         "The nucleus is the smallest set of tokens that holds a probability together. Where the exact entries hold "
-        "less, its size is not told: it is larger than what was kept, and in no mean."
+        "less, its size is not told: it is larger than what was kept, and counts as that in median and 90 %; a mean is "
+        "given where all are told."
     )
     parts += ["<h2>How large the nuclei are</h2>", f"<p>{why}</p>", _nuclei(found.nuclei)]
     return "".join([*parts, _picture(plot_nuclei(found.nuclei), "share of targets by size of the nucleus")])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORTH', 'Selection', 'picks_each', 'picks', 'Request', 'Extract']
 
-# %% ../../nbs/logits/62_extract.ipynb #ab6fd5d0
+# %% ../../nbs/logits/62_extract.ipynb #5508ffc5
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -24,9 +24,9 @@ from . import v1, v2
 from .nucleus import Nucleus
 from .picked import Picked, concatenate, take
 from .select import Selector, TopK, VarOpt, uniforms
-from .texts import Reading, Text, read
+from .texts import Reading, Text, read, within
 
-# %% ../../nbs/logits/62_extract.ipynb #e098df4d
+# %% ../../nbs/logits/62_extract.ipynb #f9de7577
 WORTH = 1.2e-5  # squared error that a byte must save, where nothing is said
 
 
@@ -61,6 +61,9 @@ class Selection:
         need(fits, f"what the format {format} can hold", got=f"select {name}", do=fix)
         given = [k for k in ("worth", "eps", "size") if getattr(self, k) is not None]
         need(name != "nucleus" or not given, "the options of a nucleus", got=given, do="see top_p and tail_samples")
+        own = ("top_p", "top_p_max_elements", "tail_samples")
+        given = [k for k in own if getattr(self, k) != Selection.__dataclass_fields__[k].default]
+        need(name == "nucleus" or not given, f"the options of {name}", got=given, do="they are for --format v1")
         if name == "nucleus":
             return Nucleus(self.top_p, self.top_p_max_elements, self.tail_samples)
         if name == "topk":
@@ -150,7 +153,7 @@ class Request:
             return v2.describe(vocab, values=self.values, id=id, more=more)
         return v1.describe(vocab, selector.most, threshold=selector.tail > 0, id=id, more=more)
 
-# %% ../../nbs/logits/62_extract.ipynb #ac704a41
+# %% ../../nbs/logits/62_extract.ipynb #e22eb83a
 class Extract(Loaded):
     "What is kept of a teacher's distributions over the targets of each row"
 
@@ -167,7 +170,7 @@ class Extract(Loaded):
     ):
         super().__init__(lm, place=place, dtype=dtype, source=source)
         self.request, self.program, self.last = request, program, None
-        self.selector = request.selection.selector(request.format)
+        self.selector, self.max_len = request.selection.selector(request.format), lm.max_len
         self.about = request.describe(lm.vocab, id, self.provenance())
         self.schema = (v2 if request.format == "v2" else v1).schema(self.about)
 
@@ -182,13 +185,14 @@ class Extract(Loaded):
         "Everything that the output depends on"
         return self.about | dict(route=self.request.route, id_column=self.request.id_column)
 
-# %% ../../nbs/logits/62_extract.ipynb #372380d5
+# %% ../../nbs/logits/62_extract.ipynb #ac8543fc
 @patch
 def text(self: Extract, row: dict) -> Text:
     "The row as tokens and targets"
     if self.last is None or self.last[0] != row["index"]:
         tokenizer = (self.lm or self.alone).tokenizer
-        self.last = row["index"], read(row, tokenizer, self.program, self.request.reading)
+        found = read(row, tokenizer, self.program, self.request.reading)
+        self.last = row["index"], within(found, self.max_len)
     return self.last[1]
 
 

@@ -51,7 +51,7 @@ def _targets(picked: Picked, came: Int[np.ndarray, " tok"]) -> Picked:
     target[token[hit]] = np.minimum(picked.logp[hit], 0)  # rounding may have lifted it above
     return replace(picked, target=target)
 
-# %% ../../nbs/logits/70_formats.ipynb #ee41a994
+# %% ../../nbs/logits/70_formats.ipynb #36f21475
 def to_v2(
     taken: Taken,  # with its text and positions
     index: int,  # of the text, in the data set it came from
@@ -62,7 +62,7 @@ def to_v2(
     "A row of our own format, null where something is not known; `InputError` where the description does not fit"
     picked, weights = exact_ones(taken.picked)
     picked = _targets(picked, taken.input_ids[taken.positions])
-    lost = {"weights of entries drawn from the tail": weights}
+    lost = {"weights of entries drawn from the tail, so that it is to be read with tail='bucket'": weights}
     if about["values"] == "steps":
         lost["log-sum-exps"] = int(np.isfinite(picked.logsumexp).sum())
     picked = replace(picked, logsumexp=np.nan_to_num(picked.logsumexp))

@@ -49,7 +49,7 @@ def _xlogx(logp: torch.Tensor) -> torch.Tensor:
     "p log p, 0 where p is"
     return logp.exp() * logp.masked_fill(logp == -torch.inf, 0)
 
-# %% ../../nbs/logits/59_loss.ipynb #24df22db
+# %% ../../nbs/logits/59_loss.ipynb #9ec0d844
 def _said(t: SparseTargets, temperature: float, tail: str) -> _Said:
     "The targets as they are read"
     if tail == "sampled":
@@ -81,6 +81,9 @@ def _check(t: SparseTargets, beta: float, temperature: float, tail: str) -> None
         need(tail != "sampled", f"tail='bucket' or 'none' at temperature {temperature}", got="'sampled'", do=fix)
     blind = tail == "sampled" and bool(t.weight.isnan().any())
     need(not blind, "entries by lot with weights", got="a tail without its threshold", do="take tail='bucket'")
+    bare = 0 if tail != "sampled" else int((~t.whole).sum())
+    got, fix = f"{bare} of {len(t)} targets with a tail that nothing stands for", "take tail='bucket', a lower bound"
+    need(not bare, "entries that stand for whole distributions", got=got, do=fix)
 
 # %% ../../nbs/logits/59_loss.ipynb #9ce5f8bc
 def _kl(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHERS', 'Way', 'Forecast', 'forecast', 'plan']
 
-# %% ../../nbs/logits/67_plan.ipynb #fd74e6f8
+# %% ../../nbs/logits/67_plan.ipynb #c5e89e9d
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +24,9 @@ from .extract import Extract, Request, Selection, picks_each
 from .picked import Picked
 from .run import opened, program_of
 from .select import Selector
-from .texts import Reading, Text, read
+from .texts import Reading, Text, read, within
 
-# %% ../../nbs/logits/67_plan.ipynb #81de0ad5
+# %% ../../nbs/logits/67_plan.ipynb #51e1898b
 @dataclass(frozen=True)
 class Way:
     "One way to keep the same distributions"
@@ -66,6 +66,8 @@ class Forecast:
             f"    {w.name:22} {w.nbytes:6.1f} {w.entries:8.1f} {w.error:8.1e} {w.kl:8.1e}  {size(w)}"
             for w in self.ways
         ]
+        if any("topk" in w.name for w in self.ways):
+            lines += ["    topk is biased: what it leaves out is gone; the others stand for whole distributions"]
         return "\n".join(lines)
 
 # %% ../../nbs/logits/67_plan.ipynb #6f1c2ecc
@@ -109,7 +111,7 @@ def _ways(steps: dict[str, Extract], texts: list[Text], rows: list[int]) -> tupl
     seconds = time.perf_counter() - began - sum(c.seconds for c in clocked)
     return (own, *(_way(name, steps[name], texts, rows, f) for name, f in zip(others, found[1:]))), seconds
 
-# %% ../../nbs/logits/67_plan.ipynb #cb66fb92
+# %% ../../nbs/logits/67_plan.ipynb #6611e211
 OTHERS = {
     "--worth 1.2e-5": Selection(worth=1.2e-5),
     "--worth 5e-5": Selection(worth=5e-5),
@@ -133,7 +135,7 @@ def forecast(
     texts, chosen, left_out, have = [], [], 0, 0
     for k in order:
         row = rows.dataset[int(k)]
-        text = read(row, lm.tokenizer, program, reading)
+        text = within(read(row, lm.tokenizer, program, reading), lm.max_len)
         if text.reason is not None:
             left_out += 1
         else:

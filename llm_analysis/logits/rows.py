@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['StoredRows', 'Shuffled']
 
-# %% ../../nbs/logits/57_rows.ipynb #5209b2de
+# %% ../../nbs/logits/57_rows.ipynb #4eb2909e
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -15,15 +16,16 @@ from ..core import need, stream
 from .store import Cells, LogitStore
 from .v2 import Sample
 
-# %% ../../nbs/logits/57_rows.ipynb #d80c0e89
+# %% ../../nbs/logits/57_rows.ipynb #361203af
 class StoredRows(Sequence):
     "All rows of a store, by place in the order of their indices; what was read is kept while it fits"
 
     def __init__(
         self,
-        store: LogitStore,
+        store: LogitStore | str | os.PathLike,  # or its folder, or OWNER/NAME of the Hub
         memory: int = 1 << 30,  # bytes of parts that are kept; one part is kept in any case
     ):
+        store = store if isinstance(store, LogitStore) else LogitStore(store)
         need(memory > 0, "memory above 0 bytes", got=memory, do="leave it out for a gigabyte")
         self.store, self.memory, self.read = store, memory, 0  # how many parts were read so far
         self.places = np.array(list(store.places().values()), dtype=np.int64).reshape(-1, 2)  # part, row
@@ -36,8 +38,10 @@ class StoredRows(Sequence):
         "Another process reads for itself"
         return self.__dict__ | {"held": OrderedDict()}
 
-    def __getitem__(self, k: int) -> Sample:
-        "A row; places below 0 count from the end"
+    def __getitem__(self, k: int | slice) -> Sample | list[Sample]:
+        "A row, or several; places below 0 count from the end"
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
         if not -len(self) <= k < len(self):
             raise IndexError(f"place {k} of {len(self)} rows")
         part, row = self.places[k].tolist()

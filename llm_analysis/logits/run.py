@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'opened', 'program_of', 'mask', 'extract']
 
-# %% ../../nbs/logits/65_run.ipynb #c5a8129e
+# %% ../../nbs/logits/65_run.ipynb #e8835379
 import os
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from ..jobs.options import Summary
 from ..lm.model import load, load_tokenizer
 from ..lm.template import Template, template
 from .extract import Extract, Request, Selection
-from .texts import Reading, Text, read
+from .texts import Reading, Text, read, within
 
 # %% ../../nbs/logits/65_run.ipynb #8a4de416
 OUTPUTS = Path("outputs") / "logits"
@@ -60,7 +60,7 @@ def program_of(
     reading.check(program)
     return program
 
-# %% ../../nbs/logits/65_run.ipynb #f5df45a4
+# %% ../../nbs/logits/65_run.ipynb #c3071393
 _ON, _OFF = "\x1b[1;32m", "\x1b[0m"  # bold green
 
 
@@ -88,7 +88,9 @@ def mask(
 ) -> str:
     "Some rows as the teacher reads them, with their targets marked, and how many targets the first hundred have"
     data = rows.dataset.select(range(min(100, len(rows))))
-    texts = [read(row, tokenizer, program, reading) for row in data]
+    limit = getattr(tokenizer, "model_max_length", None)  # a huge number where nobody said it
+    limit = limit if limit and limit < 1 << 24 else None
+    texts = [within(read(row, tokenizer, program, reading), limit) for row in data]
     good = [(row, t) for row, t in zip(data["index"], texts) if t.reason is None]
     out = [t.reason for t in texts if t.reason is not None]
     fix = "see the reasons; give marks, another template, spans or a longer --max-seq-len"

@@ -144,7 +144,7 @@ def sizes(
     error = rest**2 / np.maximum(lots, 1) - np.take_along_axis(scan.left_squares, exact, axis=1)
     return exact, np.where(rest > 0, np.maximum(error, 0), 0.0)
 
-# %% ../../nbs/logits/52_select.ipynb #b0e32965
+# %% ../../nbs/logits/52_select.ipynb #e7c829f9
 EXACT, DRAWN = 2.4, 1.4  # bytes that an entry takes in the format v2, about
 
 
@@ -158,7 +158,7 @@ class VarOpt(Selector):
     worth: float | None = None  # squared error that each byte of an entry must save, in place of `eps`
 
     def __post_init__(self):
-        need(self.eps >= 0, "eps of 0 or more", got=self.eps, do="choose an expected squared error, such as 1e-4")
+        need(self.eps > 0, "eps above 0", got=self.eps, do="choose an expected squared error, such as 1e-4")
         need(self.worth is None or self.worth > 0, "worth above 0", got=self.worth, do="choose one, such as 1.2e-5")
         both = self.size is not None and self.worth is not None
         need(not both, "size or worth", got="both", do="leave one out")

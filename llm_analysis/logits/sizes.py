@@ -169,7 +169,13 @@ def plot_map(
     ax.set(xlabel="target of the row, from 0", ylabel="row")
     return ax
 
-# %% ../../nbs/logits/69_sizes.ipynb #71a460d2
+# %% ../../nbs/logits/69_sizes.ipynb #8aad161e
+def _among(sizes: Spread, beyond: int, q: float) -> float:
+    "A quantile of all nuclei, those that are not told being the largest; inf where it falls among them"
+    place = q * (sizes.count + beyond)
+    return sizes.quantile(place / sizes.count) if 0 < place <= sizes.count else np.inf if beyond else np.nan
+
+
 @dataclass(frozen=True)
 class Nuclei:
     "Sizes of nuclei at some probabilities"
@@ -200,13 +206,12 @@ class Nuclei:
 
     def to_frame(self) -> pd.DataFrame:
         "A row for each probability"
-        rows = [
-            dict(
-                top_p=m, told=s.count, beyond=n, mean=s.mean, median=s.quantile(0.5), p90=s.quantile(0.9), most=s.most
-            )
-            for m, s, n in zip(self.top_p, self.sizes, self.beyond)
-        ]
-        return pd.DataFrame(rows).replace(-np.inf, np.nan)
+        rows = []
+        for mass, sizes, beyond in zip(self.top_p, self.sizes, self.beyond):
+            at = lambda q, s=sizes, n=beyond: _among(s, n, q)
+            largest = dict(mean=sizes.mean, most=float(sizes.most)) if not beyond else dict(mean=np.nan, most=np.inf)
+            rows.append(dict(top_p=mass, told=sizes.count, beyond=beyond, median=at(0.5), p90=at(0.9)) | largest)
+        return pd.DataFrame(rows)
 
 # %% ../../nbs/logits/69_sizes.ipynb #dce7f20a
 def nucleus_sizes(

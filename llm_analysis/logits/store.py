@@ -98,10 +98,25 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #a014e4e4
+# %% ../../nbs/logits/56_store.ipynb #813b2524
 def _described(columns: pa.Schema) -> dict:
     "What a part of either format says about itself"
-    return (v2 if v1.noted(columns).get("format") == "v2" else v1).described(columns)
+    said = v1.noted(columns).get("format")
+    ours = said in ("v1", "v2") or "top_indices_low" in columns.names
+    fix = "name a store's folder; `llm-analysis logits convert` makes one of what other tools keep"
+    need(
+        ours, "a store, v1 or v2", got=said or f"the columns {', '.join(columns.names[:5])}", do=fix, error=WorldError
+    )
+    return (v2 if said == "v2" else v1).described(columns)
+
+
+def _opened(file, name: str) -> pq.ParquetFile:
+    "A part that checks its pages when they are read; `WorldError` for a file that is none"
+    try:
+        return pq.ParquetFile(file, page_checksum_verification=True)
+    except pa.ArrowInvalid as e:
+        fix = "see `llm-analysis job verify`, or name a store's folder"
+        raise WorldError(f"expected a whole Parquet file; got {name}, which is torn or something else; {fix}") from e
 
 
 class LogitStore:
@@ -117,7 +132,7 @@ class LogitStore:
         self.name = os.fspath(name)
         self.system, self.paths = _places(self.name, split, revision)
         with self.system.open(self.paths[0], "rb") as file:
-            self.about = _described(pq.read_schema(file))
+            self.about = _described(_opened(file, Path(self.paths[0]).name).schema_arrow)
         self.held: tuple[int, Cells] | None = None
         self.known: dict[int, tuple[int, int]] | None = None
         self.sizes: list[int] = []  # bytes of each part in memory, nearly; known with `places`
@@ -135,7 +150,7 @@ class LogitStore:
     def __len__(self) -> int:
         return len(self.places())
 
-# %% ../../nbs/logits/56_store.ipynb #450c4326
+# %% ../../nbs/logits/56_store.ipynb #0d7845d0
 @patch
 def places(
     self: LogitStore,
@@ -145,7 +160,7 @@ def places(
         found, self.sizes = {}, []
         for part, path in enumerate(self.paths):
             with self.system.open(path, "rb") as file:
-                whole = pq.ParquetFile(file)
+                whole = _opened(file, Path(path).name)
                 indices = whole.read(columns=["index"])["index"].to_pylist()
                 groups = map(whole.metadata.row_group, range(whole.num_row_groups))
                 self.sizes.append(sum(group.total_byte_size for group in groups))
@@ -156,16 +171,21 @@ def places(
         self.known = dict(sorted(found.items()))
     return self.known
 
-# %% ../../nbs/logits/56_store.ipynb #c70944ae
+# %% ../../nbs/logits/56_store.ipynb #456eb415
 @patch
 def cells(
     self: LogitStore,
     part: int,  # its place among `paths`
 ) -> Cells:
     "All columns of a part, read anew"
+    name = Path(self.paths[part]).name
     with self.system.open(self.paths[part], "rb") as file:
-        table = pq.ParquetFile(file).read()
-    same, got = _described(table.schema) == self.about, f"another one in {Path(self.paths[part]).name}"
+        try:
+            table = _opened(file, name).read()
+        except OSError as e:
+            fix = "mend the run with `llm-analysis job verify --repair` and run it again"
+            raise WorldError(f"expected whole pages in {name}; got damaged ones ({e}); {fix}") from e
+    same, got = _described(table.schema) == self.about, f"another one in {name}"
     need(same, f"one description in all parts of {self.name}", got=got, do="keep data sets apart", error=WorldError)
     return Cells.of(table)
 
