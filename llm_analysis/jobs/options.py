@@ -88,7 +88,7 @@ def frequent(
         count[kind] += 1
     return tuple((first[kind], n) for kind, n in count.most_common())
 
-# %% ../../nbs/jobs/17_options.ipynb #aadac084
+# %% ../../nbs/jobs/17_options.ipynb #67180dd2
 @dataclass(frozen=True)
 class Summary:
     "What a run did, and what is left"
@@ -108,45 +108,47 @@ class Summary:
     sent: object = None  # `upload.Sent`, where parts went to the Hub
     reasons: tuple[tuple[str, int], ...] = ()  # why rows have no result, and how many, the most frequent first
 
-    def __str__(self) -> str:
-        rate = f" in {spoken(self.seconds)}"
-        rate += f", {self.computed / self.seconds:,.1f} rows/s" if self.computed else ""
-        lines = [f"{self.done:,} of {self.rows:,} rows are done; {self.computed:,} of them now{rate}"]
-        lines += [f"{self.skipped:,} were left out and {self.failed:,} failed"] if self.skipped or self.failed else []
-        if self.rows and (self.skipped + self.failed) / self.rows > WARN:
-            share = f"{(self.skipped + self.failed) / self.rows:.0%}"
-            lines.append(f"Warning: {share} of the rows have no result")
-        lines += [f"    {count:,} × {why}" for why, count in self.reasons[:TOLD]]
-        others = sum(count for _, count in self.reasons[TOLD:])
-        lines += [f"    {others:,} for other reasons"] if others else []
-        lines += [f"{self.halved:,} batches were computed in halves or row by row"] if self.halved else []
-        lines += [f"{self.deaths} workers died and were replaced"] if self.deaths else []
-        lines += [str(self.sent)] if self.sent is not None else []
+    @property
+    def left(self) -> int:
+        "Rows that the next call will compute"
+        return self.rows - self.done
+
+    @property
+    def complete(self) -> bool:
+        "Whether nothing is left"
+        return self.left == 0
+
+    @property
+    def exit_code(self) -> int:
+        "What a shell should know: 0 done, 130 interrupted, 75 to be run again, 1 where every row that was tried failed"
         if self.left:
-            lines.append(f"{self.left:,} rows are left ({self.ended}); run the same again to go on")
-        if not self.folder.is_absolute():
-            lines.append(f"results: {self.folder}")
-        return "\n".join(lines)
+            return 130 if self.ended == "interrupted" else 75
+        return 1 if self.failed and self.failed + self.skipped == self.rows else 0
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join(str(self).splitlines())
 
-# %% ../../nbs/jobs/17_options.ipynb #ea563544
-@patch(as_prop=True)
-def left(self: Summary) -> int:
-    "Rows that the next call will compute"
-    return self.rows - self.done
-
-
-@patch(as_prop=True)
-def complete(self: Summary) -> bool:
-    "Whether nothing is left"
-    return self.left == 0
-
-
-@patch(as_prop=True)
-def exit_code(self: Summary) -> int:
-    "What a shell should know: 0 done, 130 interrupted, 75 to be run again, 1 where every row that was tried failed"
-    if self.left:
-        return 130 if self.ended == "interrupted" else 75
-    return 1 if self.failed and self.failed + self.skipped == self.rows else 0
+# %% ../../nbs/jobs/17_options.ipynb #1ee83e3f
+def _lines(s: Summary) -> list[str]:
+    "What a run did, in words"
+    rate = f" in {spoken(s.seconds)}"
+    rate += f", {s.computed / s.seconds:,.1f} rows/s" if s.computed else ""
+    lines = [f"{s.done:,} of {s.rows:,} rows are done; {s.computed:,} of them now{rate}"]
+    lines += [f"{s.skipped:,} were left out and {s.failed:,} failed"] if s.skipped or s.failed else []
+    if s.rows and (s.skipped + s.failed) / s.rows > WARN:
+        share = f"{(s.skipped + s.failed) / s.rows:.0%}"
+        lines.append(f"Warning: {share} of the rows have no result")
+    lines += [f"    {count:,} × {why}" for why, count in s.reasons[:TOLD]]
+    others = sum(count for _, count in s.reasons[TOLD:])
+    lines += [f"    {others:,} for other reasons"] if others else []
+    lines += [f"{s.halved:,} batches were computed in halves or row by row"] if s.halved else []
+    lines += [f"{s.deaths} workers died and were replaced"] if s.deaths else []
+    lines += [str(s.sent)] if s.sent is not None else []
+    if s.left:
+        lines.append(f"{s.left:,} rows are left ({s.ended}); run the same again to go on")
+    if not s.folder.is_absolute():
+        lines.append(f"results: {s.folder}")
+    return lines

@@ -98,7 +98,7 @@ def _sample(row: dict, about: dict) -> Sample:
         return v2.decode(row, about)
     return Sample(int(row["index"]), None, None, v1.decode(row, about), row.get("id"))
 
-# %% ../../nbs/logits/56_store.ipynb #813b2524
+# %% ../../nbs/logits/56_store.ipynb #7f2af2f3
 def _described(columns: pa.Schema) -> dict:
     "What a part of either format says about itself"
     said = v1.noted(columns).get("format")
@@ -118,7 +118,7 @@ def _opened(file, name: str) -> pq.ParquetFile:
         fix = "see `llm-analysis job verify`, or name a store's folder"
         raise WorldError(f"expected a whole Parquet file; got {name}, which is torn or something else; {fix}") from e
 
-
+# %% ../../nbs/logits/56_store.ipynb #7e0fd529
 class LogitStore:
     "The distributions of a data set, by index and in order; iterating reads part by part and holds one of them"
 
