@@ -295,7 +295,7 @@ def _off(left: list[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
             left.insert(0, (i, have - taken[-1][1]))
     return taken
 
-# %% ../../nbs/lm/28_packing.ipynb #aa069ead
+# %% ../../nbs/lm/28_packing.ipynb #24b0b537
 def stream_logits(
     lm: LM,
     sequences: Sequence[Ids],  # token ids
@@ -303,8 +303,7 @@ def stream_logits(
     *,
     route: str = "auto",  # auto, varlen, padded, bucket, packed, single or tree
     batch_tokens: int | None = None,  # tokens in a forward; None: 512 on a CPU, 16384 on an accelerator
-    most: int
-    | None = None,  # rows of logits at a time; None: as many as take 128 MB, on an accelerator 1 GB, in float32
+    most: int | None = None,  # rows of logits at a time; None: 128 MB of them, on an accelerator 1 GB
 ) -> Iterator[tuple[Float[torch.Tensor, "draw vocab"], list[tuple[int, int]]]]:  # logits; (sequence, its rows) in turn
     "Scores of the next token after every asked-for position, some at a time; sequences without one are left out"
     tokens = _tokens(lm, sequences)
@@ -315,9 +314,9 @@ def stream_logits(
     most = most or max(64, (1 << 28 if large else 1 << 25) // lm.vocab)
     limits = dict(route=route, budget=_budget(lm, batch_tokens), max_answers=most)
     done, _ = choose(lm, work.sequences, work.asked, **limits)
-    left: list[tuple[int, int]] = []
+    users, left = work.users, []
     for forward, out in compute(lm, done, work.sequences, work.asked, most=_at_once(lm, done, work.asked, most)):
-        left = left or [(work.users[k][0], len(work.asked[k])) for k in forward.members]
+        left = left or [(users[k][0], len(work.asked[k])) for k in forward.members]
         yield out, _off(left, len(out))
         del out  # before the next ones are made
 
