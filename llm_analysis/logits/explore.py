@@ -6,7 +6,7 @@
 __all__ = ['Colour', 'Shown', 'target_values', 'coloured', 'legend', 'Explored', 'look', 'explored_page', 'texts_of', 'Page',
            'explore']
 
-# %% ../../nbs/logits/71_explore.ipynb #8e586fee
+# %% ../../nbs/logits/71_explore.ipynb #b28d29fa
 import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -28,7 +28,6 @@ from ..lm.template import Template
 from .calibration import Calibration, plot_kept, plot_top, told
 from .chunks import Chunk, Texts, chosen, chunks, gather
 from .explored import Counts, Profile, Summary, in_words, plot_entropy, plot_places
-from .run import opened, program_of
 from llm_analysis.logits.sizes import (
     Bytes,
     Columns,
@@ -41,9 +40,8 @@ from llm_analysis.logits.sizes import (
     target_bytes,
 )
 from .store import LogitStore
-from .texts import read
 from .v2 import Sample
-from .verify import read_as, same_template
+from .verify import read_again, same_template
 from ..text import Vocabulary, token_texts
 from ..views import tokens_html
 from ..viz import page
@@ -275,7 +273,7 @@ def explored_page(
     body = intro + _table(found.summary.cells()) + _sureness(found) + _costs(found)
     return page(f"{found.summary.name}: distributions", body + _rows(found, tokenizer, colour))
 
-# %% ../../nbs/logits/71_explore.ipynb #ac0827ec
+# %% ../../nbs/logits/71_explore.ipynb #a51881fa
 def texts_of(
     store: LogitStore,
     dataset: str,  # that the store was made of
@@ -283,16 +281,10 @@ def texts_of(
     chat_template: Path | None = None,  # file with the template; None: the tokenizer's own
 ) -> Texts:
     "The rows of a data set as tokens and targets; `InputError` for another template than the store's"
-    about = store.about
-    rows, reading = opened(dataset, read_as(store), model=about["model"], split=about["split"])
-    program = program_of(tokenizer, reading, chat_template)
-    same_template(store, program)
-    place = {int(i): k for k, i in enumerate(rows.dataset["index"])}
+    row = read_again(store, dataset, tokenizer, chat_template)
 
     def text(index: int) -> tuple[np.ndarray, np.ndarray]:
-        fix = "give the data set that the store was made of"
-        need(index in place, f"row {index} in {dataset}", got="none", do=fix, error=WorldError)
-        found = read(rows.dataset[place[index]], tokenizer, program, reading)
+        found = row(index)
         return found.ids, found.positions
 
     return text

@@ -216,7 +216,7 @@ def _texts(
         same_template(_Said(origin), program)
     return Texts(None if rows is None else rows.dataset, words, model, program, reading)
 
-# %% ../../nbs/logits/71_rewrite.ipynb #164017e6
+# %% ../../nbs/logits/71_rewrite.ipynb #d0c0a83c
 TRIED = 32  # rows that are tried first
 
 
@@ -255,7 +255,6 @@ class Converted:
         lines = [str(self.run), f"{self.rows:,} rows with {self.targets:,} targets"]
         lines += [f"{self.before:,} → {self.after:,} bytes{each}"]
         lines += [f"left behind: {n:,} {what}" for what, n in self.lost.items()]
-        lines += [f"{n:,} rows left out: {why}" for why, n in self.left_out.items()]
         return "\n".join(lines)
 
 # %% ../../nbs/logits/71_rewrite.ipynb #43f6eb61
