@@ -85,7 +85,7 @@ def expected_error(
     noise = np.sqrt(2 / np.pi) * (weight * stderr[there]).sum()
     return Gap(float((weight * np.abs(gap[there])).sum()), float(np.sqrt(((weight * own) ** 2).sum())), float(noise))
 
-# %% ../../nbs/logits/69_calibration.ipynb #92875b0f
+# %% ../../nbs/logits/69_calibration.ipynb #fd1c504c
 @dataclass(frozen=True)
 class Calibration:
     "Whether what a teacher finds probable comes as often as it says"
@@ -104,8 +104,8 @@ class Calibration:
     def of(cls, chunk: Chunk) -> "Calibration":
         "Of the targets of a chunk"
         p, seen = chunk.picked, chunk.came >= 0
-        entry = ~p.by_lot & seen[chunk.token]
-        token, prob = chunk.token[entry], np.exp(p.logp[entry].astype(np.float64))
+        entry = ~p.by_lot & seen[p.token]
+        token, prob = p.token[entry], np.exp(p.logp[entry].astype(np.float64))
         hit = p.ids[entry] == chunk.came[token]
         order = np.lexsort((np.arange(len(token)), -prob, token))
         best = order[np.diff(token[order], prepend=-1) > 0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Texts', 'CHUNK', 'EDGES', 'Chunk', 'with_text', 'chunk_of', 'chosen', 'chunks', 'gather', 'Spread', 'Bands']
 
-# %% ../../nbs/logits/68_chunks.ipynb #6f25504b
+# %% ../../nbs/logits/68_chunks.ipynb #bb5e6e02
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..core import WorldError, need, stream
-from ..jobs.progress import _canvas
+from ..jobs.progress import canvas_of
 from .picked import Picked, concatenate
 from .store import LogitStore
 from .v2 import Sample
 
-# %% ../../nbs/logits/68_chunks.ipynb #fd8c2c0d
+# %% ../../nbs/logits/68_chunks.ipynb #df387309
 Texts = Callable[[int], tuple[np.ndarray, np.ndarray]]  # index of a row → its tokens, and its targets' positions
 
 
@@ -38,11 +38,6 @@ class Chunk:
     def counts(self) -> Int[np.ndarray, " batch"]:
         "Targets of each row"
         return np.array([len(s.picked) for s in self.samples], dtype=np.int64)
-
-    @property
-    def token(self) -> Int[np.ndarray, " entry"]:
-        "The target that each entry belongs to"
-        return np.repeat(np.arange(len(self.picked)), self.picked.exact + self.picked.sampled)
 
 
 def with_text(
@@ -92,7 +87,7 @@ def chunk_of(
         dict(lengths or {}),
     )
 
-# %% ../../nbs/logits/68_chunks.ipynb #4f366012
+# %% ../../nbs/logits/68_chunks.ipynb #4311be88
 CHUNK = 20_000  # targets
 
 
@@ -120,7 +115,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     "The rows of a store, some thousand targets at a time; at least one chunk, which may be empty"
     rows, held, parts, targets, lengths = chosen(store, max_samples, seed), [], [], 0, {}
-    canvas = _canvas(f"explore[{store.name}]", len(rows), show)
+    canvas = canvas_of(f"explore[{store.name}]", len(rows), show)
     for k, index in enumerate(rows, 1):
         held.append(with_text(store[index], texts))
         parts.append(store.held[0])

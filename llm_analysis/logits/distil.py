@@ -22,7 +22,7 @@ from .picked import Picked, concatenate
 from .rows import Shuffled, StoredRows
 from .sparse import SparseTargets, certain
 
-# %% ../../nbs/logits/60_distil.ipynb #99bf770d
+# %% ../../nbs/logits/60_distil.ipynb #31733bc0
 def _checked(row) -> tuple[Int[np.ndarray, " tok"], Int[np.ndarray, " k"], Picked]:
     "Ids, positions and what was picked of a row, if they belong together"
     get = row.__getitem__ if isinstance(row, Mapping) else lambda name: getattr(row, name)
@@ -42,7 +42,7 @@ def _checked(row) -> tuple[Int[np.ndarray, " tok"], Int[np.ndarray, " k"], Picke
 
 def _agree(came: Int[np.ndarray, " k"], picked: Picked) -> None:
     "Refuse distributions whose tokens are not those of the text"
-    token, kept = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled), ~picked.by_lot
+    token, kept = picked.token, ~picked.by_lot
     hit = kept & (picked.ids == came[token])
     found, least = np.full(len(picked), np.nan), np.full(len(picked), np.inf)
     found[token[hit]] = picked.logp[hit]
@@ -55,7 +55,7 @@ def _agree(came: Int[np.ndarray, " k"], picked: Picked) -> None:
 
 def _unshifted(ids: Int[np.ndarray, " tok"], at: Int[np.ndarray, " k"], picked: Picked) -> None:
     "Refuse a row whose entries hold the neighbours of its targets rather than the targets"
-    token = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled)
+    token = picked.token
     inside = [at + d for d in (-1, 0, 1)]
     same = [picked.ids == ids[np.clip(x, 0, len(ids) - 1)][token] for x in inside]
     before, here, after = (len(np.unique(token[hit & ~picked.by_lot])) for hit in same)

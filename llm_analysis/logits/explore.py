@@ -46,7 +46,7 @@ from ..text import Vocabulary, token_texts
 from ..views import tokens_html
 from ..viz import page
 
-# %% ../../nbs/logits/71_explore.ipynb #6c81b637
+# %% ../../nbs/logits/71_explore.ipynb #4f16f5c4
 Colour = Literal["probability", "entropy", "bytes"]
 
 
@@ -77,9 +77,8 @@ def target_values(
     p, found = sample.picked, np.full(len(sample.input_ids), np.nan)
     each = {"probability": np.exp(p.target.astype(np.float64)), "entropy": p.entropy, "bytes": nbytes}[by]
     if by == "probability" and np.isnan(each).any():  # v1: known where the token was kept
-        came = np.repeat(sample.input_ids[sample.positions], p.exact + p.sampled)
-        hit = np.flatnonzero((p.ids == came) & np.isfinite(p.logp))
-        each[np.repeat(np.arange(len(p)), p.exact + p.sampled)[hit]] = np.exp(p.logp[hit])
+        hit = (p.ids == sample.input_ids[sample.positions][p.token]) & np.isfinite(p.logp)
+        each[p.token[hit]] = np.exp(p.logp[hit])
     found[sample.positions] = each
     return found
 

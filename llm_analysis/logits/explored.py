@@ -22,14 +22,14 @@ from .sizes import Columns, column_bytes
 from .store import LogitStore
 from ..viz import PALETTE, curve
 
-# %% ../../nbs/logits/70_explored.ipynb #3df662f4
+# %% ../../nbs/logits/70_explored.ipynb #8d322ad8
 def reached(
     chunk: Chunk,
 ) -> Bool[np.ndarray, " tok"]:  # False too where it is not known what came
     "Whether the token that came is among the exact entries of its target"
     p = chunk.picked
-    hit = ~p.by_lot & (p.ids == np.repeat(chunk.came, p.exact + p.sampled))
-    return np.bincount(chunk.token[hit], minlength=len(p)) > 0
+    hit = ~p.by_lot & (p.ids == chunk.came[p.token])
+    return np.bincount(p.token[hit], minlength=len(p)) > 0
 
 
 @dataclass(frozen=True)

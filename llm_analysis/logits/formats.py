@@ -25,7 +25,7 @@ from .distillkit import Layout
 from .picked import Picked
 from .quantise import log_rest
 
-# %% ../../nbs/logits/70_formats.ipynb #964fe66c
+# %% ../../nbs/logits/70_formats.ipynb #5611258d
 def exact_ones(
     picked: Picked,
 ) -> tuple[Picked, int]:  # and of how many entries the weight is lost
@@ -33,7 +33,7 @@ def exact_ones(
     drawn = int(picked.sampled.sum())
     if not drawn or picked.kappa is None and not np.isnan(picked.tau).any():
         return replace(picked, kappa=None), 0
-    token = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled)
+    token = picked.token
     order = np.lexsort((picked.ids, -picked.logp, token))
     first = np.unique(np.stack([token, picked.ids])[:, order], axis=1, return_index=True)[1]
     order = order[np.sort(first)]
@@ -45,7 +45,7 @@ def exact_ones(
 
 def _targets(picked: Picked, came: Int[np.ndarray, " tok"]) -> Picked:
     "The log-probabilities of the tokens that came, where they are among the exact entries"
-    token = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled)
+    token = picked.token
     hit = (picked.ids == came[token]) & ~picked.by_lot & np.isnan(picked.target)[token]
     target = picked.target.copy()
     target[token[hit]] = np.minimum(picked.logp[hit], 0)  # rounding may have lifted it above

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'POINTERS', 'UNIT', 'recognise', 'Origin']
 
-# %% ../../nbs/logits/69_origin.ipynb #30b6fa46
+# %% ../../nbs/logits/69_origin.ipynb #0d5b6e8a
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from ..core import InputError, WorldError, digest, need
 from . import convert, v1, v2
 from .convert import Taken
 from .distillkit import Layout
-from .store import Cells, _places
+from .store import Cells, parquet_of, parts_of, whole_pages
 
 # %% ../../nbs/logits/69_origin.ipynb #4b6cc56b
 NEEDS = {  # columns that a format cannot do without
@@ -91,7 +91,7 @@ def _groups(parquet: pq.ParquetFile, file: int) -> list[tuple]:
         found += [(file, g, r, size) for r in range(about.num_rows)]
     return found
 
-# %% ../../nbs/logits/69_origin.ipynb #f11af6ca
+# %% ../../nbs/logits/69_origin.ipynb #82556f87
 def _hashed(system, path: str) -> str:
     "A name for the contents of a file"
     if isinstance(system, LocalFileSystem):
@@ -116,7 +116,7 @@ def _files(name: str) -> tuple[object, list[str], bool]:  # and whether they hol
         lines = []
     if lines and path.exists():
         return LocalFileSystem(), [str(p) for p in lines], True
-    return *_places(name, None, None), False
+    return *parts_of(name), False
 
 # %% ../../nbs/logits/69_origin.ipynb #0023fccf
 class Origin:
@@ -183,7 +183,7 @@ def _of_parquet(self: Origin, format: str) -> tuple[list[tuple], list[str], list
     numbered = all(isinstance(i, int) for i in indices)
     return found, columns.names, indices if numbered else range(len(found))
 
-# %% ../../nbs/logits/69_origin.ipynb #234e369f
+# %% ../../nbs/logits/69_origin.ipynb #d1e59d4f
 @patch
 def row(
     self: Origin,
@@ -196,8 +196,9 @@ def row(
             file.seek(at["group"])
             return _parsed(file.readline(), path, at["group"])
     if self.held is None or self.held[0] != place:
-        with self.system.open(path, "rb") as file:
-            table = pq.ParquetFile(file).read_row_group(at["group"])
+        name = path.rsplit("/")[-1]
+        with self.system.open(path, "rb") as file, whole_pages(name):
+            table = parquet_of(file, name).read_row_group(at["group"])
         self.held = place, Cells.of(table) if self.format in ("v1", "v2") else table
     held = self.held[1]
     return held.row(at["row"]) if isinstance(held, Cells) else held.slice(at["row"], 1).to_pylist()[0]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..core import need
 
-# %% ../../nbs/logits/50_picked.ipynb #ab093416
+# %% ../../nbs/logits/50_picked.ipynb #23d6cc45
 TEMPERATURES = (1.5, 2.0, 4.0)  # at which the log-sum-exp is kept besides 1
 
 
@@ -26,7 +26,7 @@ def lots(
     "Whether each entry was drawn"
     return np.repeat(np.tile([False, True], len(exact)), np.stack([exact, sampled], axis=1).ravel())
 
-
+# %% ../../nbs/logits/50_picked.ipynb #31fbcc0f
 @dataclass(frozen=True)
 class Picked:
     "Entries of the distributions of some tokens"
@@ -66,7 +66,12 @@ class Picked:
         "Whether each entry was drawn"
         return lots(self.exact, self.sampled)
 
-# %% ../../nbs/logits/50_picked.ipynb #918009fe
+    @property
+    def token(self) -> Int[np.ndarray, " entry"]:
+        "The target that each entry belongs to"
+        return np.repeat(np.arange(len(self)), self.exact + self.sampled)
+
+# %% ../../nbs/logits/50_picked.ipynb #cb44df95
 @patch
 def weights(
     self: Picked,
@@ -87,7 +92,7 @@ def estimate(
 ) -> Float[np.ndarray, "tok vocab"]:
     "The estimates as whole distributions; for looking at, and for small vocabularies"
     found = np.zeros((len(picked), size))
-    token = np.repeat(np.arange(len(picked)), picked.exact + picked.sampled)
+    token = picked.token
     np.add.at(found, (token, picked.ids), picked.weights())
     return found
 

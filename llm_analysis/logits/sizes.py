@@ -169,7 +169,7 @@ def plot_map(
     ax.set(xlabel="target of the row, from 0", ylabel="row")
     return ax
 
-# %% ../../nbs/logits/69_sizes.ipynb #8aad161e
+# %% ../../nbs/logits/69_sizes.ipynb #55ebc7a2
 def _among(sizes: Spread, beyond: int, q: float) -> float:
     "A quantile of all nuclei, those that are not told being the largest; inf where it falls among them"
     place = q * (sizes.count + beyond)
@@ -188,7 +188,7 @@ class Nuclei:
     def of(cls, chunk: Chunk, top_p: Sequence[float]) -> "Nuclei":
         "Of the targets of a chunk"
         p, entry = chunk.picked, ~chunk.picked.by_lot
-        token, prob = chunk.token[entry], np.exp(p.logp[entry].astype(np.float64))
+        token, prob = p.token[entry], np.exp(p.logp[entry].astype(np.float64))
         prob = prob[np.lexsort((-prob, token))]
         total = np.bincount(token, prob, minlength=len(p))
         before = np.cumsum(prob) - prob - np.repeat(np.cumsum(total) - total, p.exact)

@@ -97,7 +97,7 @@ def _largest(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> float:
     with np.errstate(invalid="ignore"):
         return float(np.where(a == b, 0.0, np.abs(a - b)).max(initial=0))
 
-# %% ../../nbs/logits/66_verify.ipynb #e475f2f2
+# %% ../../nbs/logits/66_verify.ipynb #db6108e2
 def split_of(store: LogitStore, dataset: str, split: str | None) -> str | None:
     "The split to read: the one asked for, or the store's own; a single file has none"
     return split or (None if Path(dataset).is_file() else store.about.get("split"))
@@ -123,7 +123,7 @@ def read_again(
 
     return text
 
-
+# %% ../../nbs/logits/66_verify.ipynb #2077392b
 def _anew(
     store: LogitStore, dataset: str, split: str | None, chat_template: Path | None, lm: LM, chosen: list[int]
 ) -> dict[int, Text]:
